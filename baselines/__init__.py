@@ -1,0 +1,1 @@
+"""Baseline token mixers, one file each; the file name is the registry key."""

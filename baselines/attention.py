@@ -1,0 +1,101 @@
+"""Softmax attention, the Transformer's mixer (arXiv 1706.03762).
+
+    q_t, k_t, v_t = W_q x_t, W_k x_t, W_v x_t     split into H heads of K = D / H channels
+    o_t = sum_{s <= t} softmax_s(K^-0.5 q_t . k_s) v_s
+    out = W o_t
+
+With `positions=rope` (arXiv 2104.09864) the angle of channel pair (j, j + K/2) of queries and keys at position t grows by
+t * 10000^(-2j/K).
+
+Shape letters: B batch, T time, D width, H heads, K key and value.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, heads_of
+from hgrn2_bench.layers import ShortConv, conv_buffers, conv_names, split_heads
+from hgrn2_bench.ops.families import SoftmaxInputs
+
+
+class Attention(Mixer):
+    """Multi-head attention; one head and biases as in zoology's MQAR baseline (HazyResearch/zoology, zoology/mixers/attention.py)."""
+
+    version: ClassVar[int] = 1
+    family: ClassVar[str] = "softmax"
+
+    num_heads: int = 1
+    causal: bool = True
+    bias: bool = True
+
+    def __init__(self, spec: MixerSpec) -> None:
+        super().__init__(spec)
+        D = spec.d_model
+        self.head_dim = heads_of(D, self.num_heads, "num_heads", result="head dimension")
+        self.rope = spec.positions == "rope"
+        if self.rope and self.head_dim % 2:
+            raise ConfigError(f"positions=rope needs an even head dimension; d_model={D} / num_heads={self.num_heads} = {self.head_dim}")
+        self.scale = self.head_dim**-0.5
+        self.in_proj = nn.Linear(D, 3 * D, bias=self.bias)
+        if spec.conv:
+            self.conv_q, self.conv_k, self.conv_v = (ShortConv(D, spec.conv, f"conv_{stream}") for stream in "qkv")
+        self.out_proj = nn.Linear(D, D, bias=self.bias)
+
+    def project(self, x_BTD: Tensor, ctx: Context) -> SoftmaxInputs:
+        """Queries, keys and values of every head, rotated from the length of the cache on."""
+        if not self.causal and (ctx.return_state or ctx.state is not None):
+            raise ConfigError("attention with causal=False cannot decode: every output depends on the tokens to come")
+        q_BTD, k_BTD, v_BTD = self.in_proj(x_BTD).chunk(3, -1)
+        if self.spec.conv:
+            q_BTD, k_BTD, v_BTD = self.conv_q(q_BTD, ctx), self.conv_k(k_BTD, ctx), self.conv_v(v_BTD, ctx)
+        q, k, v = (split_heads(t, self.num_heads) for t in (q_BTD, k_BTD, v_BTD))
+        if self.rope:
+            offset = ctx.state["op"][0].shape[1] if ctx.state else 0
+            q, k = rotate(q, offset), rotate(k, offset)
+        return SoftmaxInputs(q_BTHK=q, k_BTHK=k, v_BTHV=v, scale=self.scale, causal=self.causal)
+
+    def readout(self, o: Tensor, x_BTD: Tensor) -> Tensor:
+        """The output projection."""
+        out_BTD: Tensor = self.out_proj(o.flatten(-2).to(self.out_proj.weight.dtype))
+        return out_BTD
+
+    def state_size(self, seq_len: int, itemsize: int = 4) -> int:
+        """The cache, 2 D numbers a token, and the convolution buffers."""
+        return itemsize * (2 * self.spec.d_model * seq_len + conv_buffers(self))
+
+    def op_flops(self, seq_len: int) -> float:
+        """4 K per head and visible position (scores 2, weighted sum 2), at the mean context: (T + 1) / 2, or T without the mask."""
+        context = (seq_len + 1) / 2 if self.causal else seq_len
+        return 4.0 * self.num_heads * self.head_dim * context
+
+    def effective(self) -> dict[str, Any]:
+        """Heads, scale, mask and rotation as built."""
+        return {
+            "heads": self.num_heads,
+            "head_k": self.head_dim,
+            "head_v": self.head_dim,
+            "scale": self.scale,
+            "causal": self.causal,
+            "rope_base": ROPE_BASE if self.rope else None,
+            "norm": "none",
+            "bias": self.bias,
+            "forget_bias": "none",
+            "conv": conv_names(self),
+        }
+
+
+ROPE_BASE = 10_000.0
+
+
+def rotate(x_BTHK: Tensor, offset: int) -> Tensor:
+    """Rotary positions offset, offset + 1, ... applied to the two halves of the last dimension, in float32 or wider."""
+    T, K = x_BTHK.shape[1], x_BTHK.shape[3]
+    dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
+    rate = ROPE_BASE ** (-torch.arange(0, K, 2, device=x_BTHK.device, dtype=dtype) / K)
+    angle_T1K = torch.outer(torch.arange(offset, offset + T, device=x_BTHK.device, dtype=dtype), rate)[:, None]
+    cos, sin = angle_T1K.cos(), angle_T1K.sin()
+    a, b = x_BTHK.to(dtype).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x_BTHK.dtype)

@@ -1,0 +1,320 @@
+"""The command line: run, list, table, status. Exit codes: 0 all well, 1 a cell failed, 2 bad input, 130 stopped by the user.
+
+Imports no torch, fla or pandas: cells run in worker processes, and listing reads names and source text only.
+"""
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from hgrn2_bench import registry
+from hgrn2_bench.errors import ConfigError, unknown
+
+if TYPE_CHECKING:
+    from hgrn2_bench.executor import LocalExecutor
+    from hgrn2_bench.plan import Cell, Plan
+    from hgrn2_bench.results import Row
+
+DEFAULT_RESULTS = Path("results/local")
+DEVICES = ("auto", "cpu", "cuda")
+
+app = typer.Typer(
+    help="Compare HGRN2 with its baselines: one command, one definition of each mixer, one table.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Results = Annotated[Path, typer.Option(help="Results folder.")]
+
+
+def main() -> None:
+    """Run the program; bad input prints one line and exits with 2."""
+    try:
+        registry.check_packages()
+        app(standalone_mode=True)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:  # `| head` closed our output
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@app.command()
+def run(
+    words: Annotated[list[str], typer.Argument(help="key=value words; a comma is a sweep: suite=mqar model=hgrn2,gla seed=0,1")],
+    results: Results = DEFAULT_RESULTS,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Run finished cells again.")] = False,
+    workers: Annotated[int, typer.Option(help="Worker processes; 0 for one per core (CPU) or one (GPU).", min=0)] = 0,
+    timeout: Annotated[float, typer.Option(help="Seconds that one cell may take; 0 for no limit.", min=0)] = 0,
+) -> None:
+    """Run a suite: plan, train, evaluate, print the table. Finished cells are not run again."""
+    from hgrn2_bench.cells import CellFolder, check_results
+    from hgrn2_bench.executor import LocalExecutor, default_workers
+    from hgrn2_bench.plan import make_plan
+
+    if device not in DEVICES:
+        raise unknown("device", device, DEVICES)
+    plan = make_plan(words, _device(device))
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if not dry_run:
+        check_results(results)
+    finished = {} if force else {cell.key: rows for cell in plan.cells if (rows := CellFolder(results, cell).rows()) is not None}
+    todo = [cell for cell in plan.cells if cell.key not in finished]
+    if todo or dry_run:
+        with LocalExecutor(workers or default_workers(plan.cells[0].device)) as executor:
+            descriptions = _describe(executor, plan.cells if dry_run else todo)
+            if dry_run:
+                _print_plan(plan, descriptions, finished)
+                return
+            print(_opening(plan, todo, workers or default_workers(plan.cells[0].device)), file=sys.stderr)
+            finished |= _run_cells(executor, todo, descriptions, results, force, timeout or None)
+    rows = [row for cell in plan.cells for row in finished.get(cell.key, [])]
+    _print_tables(rows, plan.protocol.name, "md")
+    print(f"rows: {results}/cells/{plan.protocol.name}/<cell>/rows.jsonl", file=sys.stderr)
+    lost = any(cell.key not in finished for cell in plan.cells)
+    sys.exit(1 if lost or any(row.status not in ("ok", "skipped") for row in rows) else 0)
+
+
+def _device(name: str) -> str:
+    from hgrn2_bench.provenance import cuda_devices
+
+    if name == "cuda" and not cuda_devices():
+        raise ConfigError("--device cuda: the driver shows no GPU; use --device cpu")
+    return ("cuda" if cuda_devices() else "cpu") if name == "auto" else name
+
+
+def _opening(plan: "Plan", todo: "Sequence[Cell]", workers: int) -> str:
+    """One line that says what starts."""
+    done = len(plan.cells) - len(todo)
+    first = todo[0]
+    kept = f" ({done} finished before)" if done else ""
+    backends = ", ".join(sorted({cell.backend for cell in todo}))
+    return (
+        f"{plan.protocol.name} preset {plan.preset}: {len(todo)} cells to run{kept}; {first.device}, {first.dtype}, backend {backends}, "
+        f"{workers} worker{'s' * (workers > 1)}"
+    )
+
+
+def _alike(cell: "Cell") -> str:
+    """Cells that build the same model and cost the same: equal but for seed and learning rate."""
+    content = cell.to_json() | {"seed": 0, "command": ""}
+    return json.dumps(content | {"train": content["train"] | {"lr": 0}}, sort_keys=True)
+
+
+def _describe(executor: "LocalExecutor", cells: "Sequence[Cell]") -> dict[str, tuple[Any, str]]:
+    """A description for each cell's key, made once for cells that are alike."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(_alike(cell), []).append(cell)
+    found = executor.describe([group[0] for group in groups.values()], probe=cells[0].device == "cpu")
+    return {cell.key: found[group[0].key] for group in groups.values() for cell in group}
+
+
+def _cost(description: Any) -> float:
+    """Expected cost of a cell: seconds where they were probed, else training FLOPs."""
+    if description is None:
+        return 1.0
+    return float(description.seconds or description.train_flops_per_token * description.tokens / 1e12)
+
+
+def _run_cells(
+    executor: "LocalExecutor",
+    todo: "Sequence[Cell]",
+    descriptions: dict[str, tuple[Any, str]],
+    results: Path,
+    force: bool,
+    timeout: float | None,
+) -> "dict[str, list[Row]]":
+    """Run the cells, the dearest first, and return their rows; Ctrl-C checkpoints what runs and exits with 130."""
+    from hgrn2_bench.console import Monitor
+
+    costs = {cell.key: _cost(descriptions[cell.key][0]) for cell in todo}
+    ordered = sorted(todo, key=lambda cell: -costs[cell.key])
+    found: dict[str, list[Row]] = {}
+    with Monitor(costs) as monitor:
+        try:
+            for event in executor.run(ordered, results, force, timeout):
+                monitor.hear(event)
+                if event.kind == "done":
+                    found[event.cell.key] = event.content[0]
+        except KeyboardInterrupt:
+            monitor.say("stopping: running cells write a checkpoint")
+            for event in executor.stop():
+                monitor.hear(event)
+            monitor.say("stopped; the same command continues")
+            sys.exit(130)
+    return found
+
+
+def _print_plan(plan: "Plan", descriptions: dict[str, tuple[Any, str]], finished: "dict[str, list[Row]]") -> None:
+    """The plan: one line for each group of cells that differ in seed and learning rate only."""
+    from tabulate import tabulate
+
+    from hgrn2_bench.console import duration
+    from hgrn2_bench.tables import _bytes, _count
+
+    groups: dict[str, list[Cell]] = {}
+    for cell in plan.cells:
+        groups.setdefault(_alike(cell), []).append(cell)
+    lines, seconds = [], 0.0
+    for cells in groups.values():
+        first, (about, fault) = cells[0], descriptions[cells[0].key]
+        left = sum(cell.key not in finished for cell in cells)
+        line = [first.task, first.model, first.model_config.d_model, f"{len(cells)} ({left} to run)"]
+        if about is None:
+            lines.append([*line, f"cannot be built: {fault}"])
+            continue
+        each = duration(about.seconds) if about.seconds is not None else "–"
+        seconds += left * (about.seconds or 0)
+        sizes = [_count(about.parameters), _count(about.non_embedding_parameters), _bytes(about.state_bytes)]
+        lines.append([*line, *sizes, about.steps, _count(about.train_flops_per_token * about.tokens), each])
+    names = ["task", "model", "d_model", "cells", "parameters", "non-embedding", "state", "steps", "train FLOPs", "time a cell (estimate)"]
+    print(tabulate(lines, names, tablefmt="github", disable_numparse=True))
+    first = plan.cells[0]
+    print(f"\n{len(plan.cells)} cells, {first.device}, {first.dtype}; protocol version {first.protocol_version}")
+    if first.device == "cpu":
+        from hgrn2_bench.executor import default_workers
+
+        print(f"estimate without early stops: {duration(seconds / default_workers('cpu'))} on {default_workers('cpu')} cores")
+
+
+@app.command(name="list")
+def list_command(name: Annotated[str, typer.Argument(help="A suite or a model, to see its keys, presets or settings.")] = "") -> None:
+    """List suites, presets and models; with a name, its details."""
+    if not name:
+        _print_all()
+    elif name in registry.suites():
+        _print_suite(name)
+    elif ".py" in name or name in registry.models():
+        _print_model(name)
+    else:
+        raise unknown("suite or model", name, [*registry.suites(), *registry.models()])
+
+
+def _print_all() -> None:
+    print("suites")
+    for name in registry.suites():
+        print(f"  {name:<18}{registry.suite_summary(name)}")
+        for preset, content in registry.protocol(name).presets.items():
+            print(f"    preset={preset:<9} {content.summary}")
+    print("\nmodels")
+    for name, model in registry.models().items():
+        print(f"  {name:<18}{model.summary}")
+    print("\n`list NAME` shows the keys of a suite or the settings of a model")
+
+
+def _print_suite(name: str) -> None:
+    import dataclasses
+
+    from hgrn2_bench.plan import sections
+
+    protocol = registry.protocol(name)
+    print(f"{name}: {registry.suite_summary(name)}\nprotocol version {protocol.version}, metric {protocol.metric} ({protocol.unit})")
+    for preset, content in protocol.presets.items():
+        print(f"\npreset={preset}: {content.summary}\n  source: {content.source}\n  tasks: {', '.join(content.tasks)}")
+        print(f"  words: {' '.join(content.words)}")
+    print("\nkeys (defaults; presets override them)")
+    for schema in sections(protocol).values():
+        for field in dataclasses.fields(schema):
+            choices = field.metadata.get("choices")
+            print(f"  {field.name}={field.default}" + (f"  ({'|'.join(choices)})" if choices else ""))
+
+
+def _print_model(ref: str) -> None:
+    import dataclasses
+
+    model = registry.model(ref)
+    print(f"{model.name}: {model.summary}\nversion {model.version}, {model.module}\nsettings")
+    for field in dataclasses.fields(model.settings):
+        choices = field.metadata.get("choices")
+        default = "null" if field.default is None else field.default
+        print(f"  {model.name}.{field.name}={default}" + (f"  ({'|'.join(choices)})" if choices else ""))
+
+
+@app.command()
+def table(
+    suite: Annotated[str, typer.Argument(help="Suite whose rows to show.")],
+    results: Results = DEFAULT_RESULTS,
+    preset: Annotated[str, typer.Option(help="Only this preset.")] = "",
+    metric: Annotated[str, typer.Option(help="Another metric than the primary one.")] = "",
+    form: Annotated[str, typer.Option("--format", help="md, csv, latex, html, or jsonl for the rows themselves.")] = "md",
+    published: Annotated[bool, typer.Option("--published", help="Add published values with a verdict.")] = False,
+) -> None:
+    """Print the tables of every row found in a results folder."""
+    from hgrn2_bench.results import find_rows
+    from hgrn2_bench.tables import FORMATS, render
+
+    protocol = registry.protocol(suite)
+    if form not in FORMATS:
+        raise unknown("format", form, FORMATS)
+    if preset and preset not in protocol.presets:
+        raise unknown(f"preset of {suite}", preset, protocol.presets)
+    rows, problems = find_rows(results, suite)
+    for problem in problems:
+        print(f"note: {problem}", file=sys.stderr)
+    rows = [row for row in rows if not preset or row.preset == preset]
+    if not rows and not published:
+        raise ConfigError(f"no rows of {suite}{f' preset {preset}' if preset else ''} in {results}: run suite={suite} first")
+    if metric and metric not in (known := {row.metric for row in rows}):
+        raise unknown("metric", metric, known)
+    _print_tables(rows, suite, form, metric or None)
+    if published:
+        from hgrn2_bench.published import published_table
+
+        values = published_table(rows, protocol)
+        print(render(values, form) if values else f"nothing published for {suite}")
+
+
+def _print_tables(rows: "Sequence[Row]", suite: str, form: str, metric: str | None = None) -> None:
+    from hgrn2_bench.tables import make_tables, render
+
+    if form == "jsonl":
+        for row in rows:
+            print(row.to_json())
+        return
+    for each in make_tables(rows, registry.protocol(suite), metric):
+        print(render(each, form))
+
+
+@app.command()
+def status(results: Results = DEFAULT_RESULTS) -> None:
+    """Say where every cell of a results folder stands: finished, running, interrupted, failed."""
+    from tabulate import tabulate
+
+    from hgrn2_bench.cells import is_locked, read_json
+
+    if not results.is_dir():
+        raise ConfigError(f"no results folder {results}")
+    counts: dict[tuple[str, ...], Counter[str]] = {}
+    running: list[str] = []
+    for path in sorted(results.glob("cells/*/*/")):
+        config, state = read_json(path / "config.json"), read_json(path / "status.json")
+        if not {"suite", "preset", "task", "model", "seed"} <= set(config) or path.name != path.name.split(".")[0]:
+            print(f"note: {path} is no cell (damaged, set aside or foreign): left out", file=sys.stderr)
+            continue
+        outcome = state.get("outcome", "not started")
+        if outcome in ("running", "interrupted"):
+            outcome = "running" if is_locked(path) else "interrupted"
+            age = time.time() - max(file.stat().st_mtime for file in path.iterdir())
+            running.append(
+                f"{outcome}: {config['model']} {config['task']} seed {config['seed']}, step {state.get('step', 0)} of "
+                f"{state.get('steps', '?')} at the last checkpoint, last written {age:.0f} s ago"
+            )
+        key = tuple(str(config[k]) for k in ("suite", "preset", "task", "model"))
+        counts.setdefault(key, Counter())[outcome] += 1
+    lines = [[*key, ", ".join(f"{n} {word}" for word, n in sorted(count.items()))] for key, count in sorted(counts.items())]
+    print(tabulate(lines, ["suite", "preset", "task", "model", "cells"], tablefmt="github") if lines else f"no cells in {results}")
+    for line in running:
+        print(line)

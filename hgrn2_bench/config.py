@@ -1,0 +1,185 @@
+"""Schemas of the plain keys, and the turning of `key=value` words into checked values. Imports no torch.
+
+Words follow Hydra's override grammar (`OverridesParser`): a comma is a sweep, `range(3)` and `choice(a,b)` expand,
+`model.key=value` sets a key for one model only. OmegaConf converts each value to the type of its schema field.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hgrn2_bench.errors import ConfigError, unknown
+
+
+def choice(default: str, *others: str) -> Any:
+    """A string field that takes one of the given words only."""
+    return field(default=default, metadata={"choices": (default, *others)})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model around the mixer; the same for every model of a table unless a protocol says otherwise by name."""
+
+    d_model: int = 64
+    num_layers: int = 2
+    conv: int = 0
+    positions: str = choice("none", "learned", "rope", "sinusoid")
+    forget_bias: float = 0.0
+    lower_bound: str = choice("none", "exclusive", "inclusive")
+    channel_mixer: str = choice("none", "identity", "mlp", "glu")
+    channel_width: int = 0
+    norm: str = choice("layernorm", "rmsnorm")
+    tie_embeddings: bool = False
+    embed_std: float = 0.02
+    embed_dropout: float = 0.0
+    dropout: float = 0.0
+    init: str = choice("mixer", "blanket")
+
+    def __post_init__(self) -> None:
+        require(self.d_model >= 1, f"d_model={self.d_model} must be at least 1")
+        require(self.num_layers >= 1, f"num_layers={self.num_layers} must be at least 1")
+        require(self.conv == 0 or self.conv >= 2, f"conv={self.conv} must be 0 (none) or a width of at least 2")
+        require(self.channel_width >= 0, f"channel_width={self.channel_width} must be 0 (the usual width) or positive")
+        for name in ("embed_dropout", "dropout"):
+            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+        require(self.embed_std > 0, f"embed_std={self.embed_std} must be positive")
+        require(self.positions != "sinusoid" or self.d_model % 2 == 0, f"positions=sinusoid needs an even d_model, not {self.d_model}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training budget and its optimiser: AdamW, one schedule, one selection rule."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    decay_all: bool = False
+    batch_size: int = 32
+    epochs: int = 1
+    schedule: str = choice("cosine", "cosine_epoch", "constant")
+    warmup: float = 0.0
+    clip: float = 0.0
+    eval_every: int = 0
+    eval_batch_size: int = 256
+    stop_at: float = 0.0
+    select: str = choice("validation", "test")
+    keep: str = choice("last", "best")
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"lr={self.lr} must be positive")
+        for name in ("batch_size", "epochs", "eval_batch_size"):
+            require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("weight_decay", "clip", "eval_every", "stop_at"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        require(0 <= self.warmup < 1, f"warmup={self.warmup} is a share of all steps: at least 0 and less than 1")
+
+
+@dataclass(frozen=True)
+class CellConfig:
+    """Keys that belong to the cell itself rather than to its model, training or data."""
+
+    seed: int = 0
+    backend: str = choice("auto", "reference", "chunked", "fla")
+    dtype: str = choice("float32", "bfloat16")
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**31, f"seed={self.seed} must be at least 0 and below 2^31")
+
+
+PLAN_KEYS = ("suite", "preset", "task", "model")
+"""Keys that shape the plan; they have no schema field because each names something registered."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless `condition` holds (NaN never does)."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class Word:
+    """One parsed word: `owner.key=values`, where an empty owner means every model."""
+
+    text: str
+    owner: str
+    key: str
+    values: tuple[Any, ...]
+    plain: bool = True
+    """False where the text has one of Hydra's signs that mean nothing here (+, ~, @)."""
+
+    @property
+    def name(self) -> str:
+        """The key as typed."""
+        return f"{self.owner}.{self.key}" if self.owner else self.key
+
+
+def parse_words(words: Iterable[str]) -> list[Word]:
+    """Parse `key=value` words; ConfigError, one line, for anything that is not one."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser  # 0.1 s: only `run` needs it
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    parsed = []
+    for text in words:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            raise ConfigError(f"cannot read {text!r}: {str(error).splitlines()[0]} (expected key=value)") from None
+        owner, _, key = override.key_or_group.rpartition(".")
+        plain = not (override.is_delete() or override.is_add() or override.is_force_add() or override.package)
+        parsed.append(Word(text, owner, key, _values(override, text) if plain else (), plain))
+    return parsed
+
+
+def _values(override: Any, text: str) -> tuple[Any, ...]:
+    """The values of one override: one, or those of its sweep."""
+    from hydra.core.override_parser.types import Glob, IntervalSweep, QuotedString
+
+    raw = override.value()
+    if isinstance(raw, IntervalSweep | Glob):
+        raise ConfigError(f"{text!r}: list the values (a,b,c) or use range(...); intervals and globs cannot be planned")
+    items = list(override.sweep_iterator()) if override.is_sweep_override() else [raw]
+    values = [item.text if isinstance(item, QuotedString) else item for item in items]
+    for value in values:
+        if isinstance(value, list | dict):
+            raise ConfigError(f"{text!r}: a sweep is written without brackets, {override.key_or_group}=a,b")
+    return tuple(v.replace("\\:", ":") if isinstance(v, str) else v for v in values)
+
+
+def convert(schema: type, key: str, value: Any, shown: str) -> Any:
+    """`value` in the type of `schema`'s field `key`; ConfigError where it has another type or is not among the choices."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    spec = {f.name: f for f in dataclasses.fields(schema)}[key]
+    single = dataclasses.make_dataclass("Single", [(key, spec.type, field(default=spec.default))])
+    config = OmegaConf.structured(single)
+    try:
+        OmegaConf.update(config, key, value)
+    except OmegaConfBaseException:
+        raise ConfigError(f"{shown}={value}: expected {type_name(spec.type)}") from None
+    result = config[key]
+    choices = spec.metadata.get("choices")
+    if choices and result not in choices:
+        raise unknown(f"{shown}", str(result), choices)
+    return result
+
+
+def type_name(annotation: Any) -> str:
+    """`int`, `float`, `int or null`: a type in words for an error line."""
+    if isinstance(annotation, type):
+        return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}.get(annotation.__name__, "a value")
+    return str(annotation).replace("None", "null").replace(" | ", " or ")
+
+
+def defaults(schema: type) -> dict[str, Any]:
+    """Field names of a schema with their defaults."""
+    return {f.name: (None if f.default is dataclasses.MISSING else f.default) for f in dataclasses.fields(schema)}
+
+
+def schema_of(schemas: Mapping[str, type], key: str) -> tuple[str, type] | None:
+    """The section and schema that own a plain key, or None."""
+    for section, schema in schemas.items():
+        if key in {f.name for f in dataclasses.fields(schema)}:
+            return section, schema
+    return None

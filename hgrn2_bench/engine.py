@@ -1,0 +1,231 @@
+"""Runs one cell: seed, data, model, training, evaluation, rows. A bad cell becomes a row with an outcome and a reason, never an exception."""
+
+import dataclasses
+import hashlib
+import importlib
+import statistics
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from hgrn2_bench import measure, provenance, registry
+from hgrn2_bench.cells import CellFolder, replace_file
+from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.model import SequenceModel
+from hgrn2_bench.plan import Cell, Description
+from hgrn2_bench.protocol import Metric
+from hgrn2_bench.results import Row
+from hgrn2_bench.trainer import DivergedError, InterruptedTrainingError, Progress, TrainableTask, Trainer
+
+PROBE_TOKENS = 2048
+"""Tokens of one probe step, by which a plan's cost on a CPU is estimated."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The size of a cell's task, known without its data."""
+
+    seq_len: int
+    labels_per_token: float
+    steps_per_epoch: int
+    tokens_per_epoch: int
+
+
+class Runner(TrainableTask, Protocol):
+    """What a suite's `runner.py` offers as its class `Runner`: one cell's data, loss and metrics."""
+
+    data_hash: str
+    floors: Mapping[str, float]
+    """Value of the primary metric that needs no learning, by name."""
+    truncated: int
+    skipped: int
+
+    def __init__(self, cell: Cell) -> None:
+        """Make or read the cell's data on the cell's device; touches no global random state and knows no model."""
+
+    @staticmethod
+    def shape(cell: Cell) -> Shape:
+        """The task's size."""
+        ...
+
+    @staticmethod
+    def build(cell: Cell) -> SequenceModel:
+        """The untrained model on the CPU, its weights drawn from torch's global generator."""
+        ...
+
+    def metrics(self, model: Any, split: str) -> Sequence[Metric]:
+        """Every metric on a split, the primary one first."""
+        ...
+
+
+def runner_class(cell: Cell) -> type[Runner]:
+    """The suite's runner."""
+    found: type[Runner] = importlib.import_module(f"{registry.suites()[cell.suite]}.runner").Runner
+    return found
+
+
+def build(cell: Cell) -> SequenceModel:
+    """The cell's model as its seed makes it. ConfigError where the device is not there or the model's settings are illegal."""
+    if cell.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("torch cannot use the GPU that the driver shows (a CPU build, or too old a driver): pass --device cpu")
+    torch.manual_seed(cell.seed)
+    return runner_class(cell).build(cell)
+
+
+def describe(cell: Cell, probe: bool) -> Description:
+    """Build the cell's model and say what it is and costs; `probe` times small training steps, for CPU cells."""
+    model, shape = build(cell), runner_class(cell).shape(cell)
+    steps, tokens = cell.train.epochs * shape.steps_per_epoch, cell.train.epochs * shape.tokens_per_epoch
+    return Description(
+        *measure.parameters(model),
+        state_bytes=measure.state_bytes(model, shape.seq_len, itemsize(cell)),
+        train_flops_per_token=measure.train_flops_per_token(model, shape.seq_len, shape.labels_per_token),
+        steps=steps,
+        tokens=tokens,
+        effective=measure.effective(model),
+        seconds=_probe(cell, model, shape) * tokens if probe else None,
+    )
+
+
+def itemsize(cell: Cell) -> int:
+    """Bytes of one activation."""
+    return 2 if cell.dtype == "bfloat16" else 4
+
+
+def _probe(cell: Cell, model: SequenceModel, shape: Shape) -> float:
+    """Seconds per token of a training step with a small batch, the faster of two after one warm-up."""
+    batch = min(cell.train.batch_size, max(1, PROBE_TOKENS // shape.seq_len))
+    runner = runner_class(cell)(dataclasses.replace(cell, train=dataclasses.replace(cell.train, batch_size=batch)))
+    times = []
+    for step in range(3):
+        began = time.perf_counter()
+        runner.loss(model, step).backward()
+        times.append(time.perf_counter() - began)
+    return min(times[1:]) / (batch * shape.seq_len)
+
+
+@dataclass
+class Facts:
+    """What a run learns on its way, for its rows."""
+
+    description: Description | None = None
+    runner: Runner | None = None
+    progress: Progress = dataclasses.field(default_factory=Progress)
+    peak_bytes: int | None = None
+    weights_hash: str = ""
+
+
+def run_cell(cell: Cell, folder: CellFolder, report: Callable[[int, int, str], None], stop: Callable[[], bool]) -> list[Row]:
+    """Run a cell whose folder the caller has locked, write its rows, and return them.
+
+    InterruptedTrainingError (after a checkpoint) passes through; everything else that goes wrong becomes the outcome of the cell.
+    """
+    facts = Facts()
+    metrics: list[Metric] = []
+    status, reason = "ok", ""
+    try:
+        folder.set_status("running")
+        metrics = _train_and_measure(cell, folder, facts, report, stop)
+    except InterruptedTrainingError:
+        folder.set_status("interrupted", step=facts.progress.step)
+        raise
+    except Exception as error:
+        status, reason = outcome_of(error)
+        replace_file(folder.path / "error.txt", traceback.format_exc())
+    rows = make_rows(cell, metrics, status, reason, facts)
+    folder.finish(rows)
+    return rows
+
+
+def outcome_of(error: Exception) -> tuple[str, str]:
+    """The outcome and one-line reason that an exception stands for."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, DivergedError):
+        return "diverged", text
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text.lower():
+        return "oom", text[:200]
+    return "failed", f"{type(error).__name__}: {text}"[:300]
+
+
+def _train_and_measure(
+    cell: Cell, folder: CellFolder, facts: Facts, report: Callable[[int, int, str], None], stop: Callable[[], bool]
+) -> list[Metric]:
+    memory = measure.PeakMemory(cell.device)
+    facts.description = describe(cell, probe=False)
+    facts.runner = runner = runner_class(cell)(cell)
+    model = build(cell).to(cell.device)
+    torch.manual_seed(cell.seed)
+    trainer = Trainer(model, runner, cell.train, folder, cell.device, cell.dtype)
+    try:
+        trainer.fit(report, stop)
+    finally:
+        facts.progress = trainer.at
+        facts.peak_bytes = memory.read()
+    model.eval()
+    facts.weights_hash = weights_hash(model)
+    return [metric for split in ("validation", "test") for metric in runner.metrics(model, split)]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """16 hex digits over every parameter and buffer, bit for bit."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def make_rows(cell: Cell, metrics: Sequence[Metric], status: str, reason: str, facts: Facts) -> list[Row]:
+    """One row per metric; for a cell without metrics one row of the primary metric without a value."""
+    protocol = registry.protocol(cell.suite)
+    shared = _shared_fields(cell, facts) | {"status": status, "reason": reason, "unit": protocol.unit}
+    shared["higher_is_better"] = protocol.higher_is_better
+    if not metrics:
+        return [Row(**shared, split="test", metric=protocol.metric, value=None, num_items=0, floors={})]
+    floors = facts.runner.floors if facts.runner else {}
+    return [
+        Row(**shared, split=m.split, metric=m.name, value=m.value, num_items=m.num_items, floors=floors if m.name == protocol.metric else {})
+        for m in metrics
+    ]
+
+
+def _shared_fields(cell: Cell, facts: Facts) -> dict[str, Any]:
+    """The fields that all rows of a cell have in common."""
+    description, runner, at = facts.description, facts.runner, facts.progress
+    step_s = statistics.median(at.step_times) if at.step_times else None
+    shape = runner_class(cell).shape(cell)
+    tokens_per_step = shape.tokens_per_epoch / shape.steps_per_epoch
+    commit, dirty = provenance.commit()
+    same = ("suite", "protocol_version", "preset", "task", "model", "seed", "device", "processes", "backend", "dtype", "command")
+    return {name: getattr(cell, name) for name in same} | {
+        "settings": cell.fields(),
+        "effective": dict(description.effective) if description else {},
+        "parameters": description.parameters if description else None,
+        "non_embedding_parameters": description.non_embedding_parameters if description else None,
+        "state_bytes": description.state_bytes if description else None,
+        "train_flops_per_token": description.train_flops_per_token if description else None,
+        "steps": at.step,
+        "tokens": round(at.step * tokens_per_step),
+        "wall_s": round(at.train_s, 3),
+        "compile_s": round(at.first_step_s - (step_s or 0), 3) if at.first_step_s else 0.0,
+        "step_s": step_s,
+        "tokens_per_s": tokens_per_step / step_s if step_s else None,
+        "peak_bytes": facts.peak_bytes,
+        "device_name": provenance.device_name(cell.device) if cell.device == "cpu" or torch.cuda.is_available() else "none",
+        "threads": torch.get_num_threads(),
+        "versions": provenance.versions(),
+        "data_hash": runner.data_hash if runner else "",
+        "truncated": runner.truncated if runner else 0,
+        "skipped": runner.skipped if runner else 0,
+        "weights_hash": facts.weights_hash,
+        "commit": commit,
+        "dirty": dirty,
+        "cell": cell.key,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

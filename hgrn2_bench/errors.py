@@ -1,0 +1,21 @@
+"""The one exception that means the user's words are wrong: printed as one line, exit code 2."""
+
+import difflib
+from collections.abc import Iterable
+
+LISTED = 20
+"""Lists of names up to this long are always shown."""
+
+
+class ConfigError(ValueError):
+    """Bad input: a name, value or combination that cannot run. Its text is the one line that the user sees."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """`Unknown model 'gal'. Did you mean 'gla'? Available: ...` as an error to raise; long lists only where nothing is near."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    words = [f"Unknown {kind} {name!r}."] + [f"Did you mean {close[0]!r}?" for _ in close]
+    if not close or len(names) <= LISTED:
+        words.append(f"Available: {', '.join(names)}.")
+    return ConfigError(" ".join(words))

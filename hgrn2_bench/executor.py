@@ -1,0 +1,167 @@
+"""Runs cells in worker processes on this machine. Another executor (Ray, Slurm) offers the same two functions.
+
+Messages from a worker: ready; described key Description|None fault; refused key text; progress key step steps text; note key text;
+locked key; interrupted key; done key rows. A worker that dies or overruns sends nothing: its cell becomes `lost` with a status and a
+reason, and another worker writes that down.
+"""
+
+import multiprocessing
+import os
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from hgrn2_bench import worker
+from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.plan import Cell
+
+LOCK_POLL_S = 1.0
+STOP_WITHIN_S = 20.0
+RUNNING = ("progress", "note")
+"""Messages after which the cell goes on."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a cell: `kind` is a worker's message, `content` the rest of it."""
+
+    kind: str
+    cell: Cell
+    content: tuple[Any, ...]
+    order: "_Order"
+
+
+@dataclass(frozen=True)
+class _Order:
+    kind: str
+    cell: Cell
+    rest: tuple[Any, ...]
+
+
+class _Worker:
+    """One child process and what it is doing."""
+
+    def __init__(self, threads: int) -> None:
+        context = multiprocessing.get_context("spawn")  # fork after a library has started threads is not safe
+        self.pipe, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=worker.main, args=(theirs, threads), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.order: _Order | None = None
+        self.since = time.monotonic()
+
+    def send(self, order: "_Order") -> None:
+        self.order, self.since = order, time.monotonic()
+        self.pipe.send((order.kind, {**order.cell.to_json(), "key": order.cell.key}, *order.rest))
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def default_workers(device: str) -> int:
+    """As many one-thread workers as cores on a CPU; one on a GPU."""
+    return len(os.sched_getaffinity(0)) if device == "cpu" else 1
+
+
+class LocalExecutor:
+    """A pool of one-thread worker processes; a crashed one is replaced and costs only its own cell."""
+
+    def __init__(self, workers: int, threads: int = 1) -> None:
+        self.count, self.threads = workers, threads
+        self.workers: list[_Worker] = []
+
+    def __enter__(self) -> "LocalExecutor":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self.workers:
+            each.kill()
+        self.workers.clear()
+
+    def describe(self, cells: Sequence[Cell], probe: bool) -> dict[str, tuple[Any, str]]:
+        """A Description (or None and what is wrong with the model's code) for each cell's key. ConfigError for an illegal combination."""
+        found: dict[str, tuple[Any, str]] = {}
+        for event in self._serve([_Order("describe", cell, (probe,)) for cell in cells], None):
+            if event.kind == "refused":
+                raise ConfigError(event.content[0])
+            found[event.cell.key] = event.content if event.kind == "described" else (None, event.content[1])
+        return found
+
+    def run(self, cells: Sequence[Cell], results: Path, force: bool = False, timeout_s: float | None = None) -> Iterator[Event]:
+        """Run cells, yielding every event; cells that another run holds are waited for at the end."""
+        yield from self._serve([_Order("run", cell, (results, force)) for cell in cells], timeout_s)
+
+    def stop(self) -> Iterator[Event]:
+        """Ask for a clean stop: running cells write a checkpoint. Workers that do not answer in time are killed."""
+        busy = [w for w in self.workers if w.order is not None]
+        for each in busy:
+            each.pipe.send(("stop",))
+        deadline = time.monotonic() + STOP_WITHIN_S
+        while busy and time.monotonic() < deadline:
+            for each in self._readable():
+                event = self._receive(each)
+                if event is not None:
+                    yield event
+            busy = [w for w in busy if w.order is not None]
+
+    def _serve(self, orders: Sequence[_Order], timeout_s: float | None) -> Iterator[Event]:
+        todo = deque(orders)
+        not_before = 0.0
+        mine: set[str] = {order.cell.key for order in orders}
+        while mine:
+            while len(self.workers) < min(self.count, len(mine)):
+                self.workers.append(_Worker(self.threads))
+            if time.monotonic() >= not_before:
+                for each in [w for w in self.workers if w.order is None][: len(todo)]:
+                    each.send(todo.popleft())
+            late = [w for w in self.workers if timeout_s and w.order and time.monotonic() - w.since > timeout_s]
+            events = [self._replace(w, "timeout", f"no result after {timeout_s:g} s") for w in late]
+            for event in events + [self._receive(w) for w in self._readable()]:
+                if event is None:
+                    continue
+                if event.kind == "lost" and event.order.kind == "run":
+                    todo.appendleft(_Order("record", event.cell, (event.order.rest[0], *event.content)))
+                    continue
+                if event.kind == "locked":
+                    todo.append(_Order("run", event.cell, event.order.rest))
+                    not_before = time.monotonic() + LOCK_POLL_S
+                elif event.kind not in RUNNING:
+                    mine.discard(event.cell.key)
+                yield event
+
+    def _readable(self) -> list[_Worker]:
+        ready = wait([w.pipe for w in self.workers], 0.2)
+        return [w for w in self.workers if w.pipe in ready]
+
+    def _receive(self, each: _Worker) -> Event | None:
+        """The next message of a worker, or the end of one that crashed."""
+        order = each.order
+        try:
+            kind, *content = each.pipe.recv()
+        except (EOFError, OSError):
+            each.process.join()
+            code = each.process.exitcode or 0
+            if code == -9:
+                return self._replace(each, "oom", "worker process killed by signal 9 (the kernel does this when memory runs out)")
+            return self._replace(each, "failed", f"worker process ended with {f'signal {-code}' if code < 0 else f'code {code}'}")
+        if order is None or kind == "ready":
+            return None
+        if kind not in RUNNING:
+            each.order = None
+        return Event(kind, order.cell, tuple(content[1:]), order)
+
+    def _replace(self, each: _Worker, status: str, reason: str) -> Event:
+        """Drop a dead or overdue worker; the pool grows again while there is work. ConfigError where it died before it had any."""
+        order = each.order
+        each.kill()
+        self.workers.remove(each)
+        if order is None:
+            raise ConfigError(f"a worker could not start: {reason}")
+        return Event("lost", order.cell, (status, reason), order)

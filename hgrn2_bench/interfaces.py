@@ -1,0 +1,171 @@
+"""The mixer contract: what a token mixer provides, and what it is given.
+
+Shape letters: B batch, T time, D width. A mixer's own settings are annotated class attributes with literal defaults
+(`expand_ratio: int = 128`); the registry reads them from the source text, so they need no import to be listed or checked.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.ops import families
+
+MixerState = dict[str, families.State]
+
+
+@dataclass(frozen=True)
+class MixerSpec:
+    """What the protocol decides for a mixer: its place in the model, and the fields that every mixer shares."""
+
+    d_model: int
+    layer: int = 0
+    num_layers: int = 1
+    conv: int = 0
+    """Width of the causal depthwise convolution on the projected streams; 0 for none."""
+    forget_bias: float = 0.0
+    """Added to the forget gate's logit at initialisation; 0 as published."""
+    positions: str = "none"
+    """`rope` is the mixer's business (softmax attention rotates its queries and keys); other kinds are added by the model."""
+    backend: str = "chunked"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Context:
+    """What one call carries besides the input: shared tensors, true lengths, an incoming state, and the state it leaves."""
+
+    shared: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors of the whole model; `lower_bound` is (num_layers, D)."""
+    lengths_B: Tensor | None = None
+    state: MixerState | None = None
+    return_state: bool = False
+    next_state: MixerState = field(default_factory=dict)
+
+
+class Mixer(nn.Module):
+    """A token mixer: `forward(x) = readout(op(project(x)), x)`, (B, T, D) -> (B, T, D), causal.
+
+    Subclasses set the class facts below, build their parameters in `__init__(spec)` after `super().__init__(spec)`,
+    and write `project`, `readout`, `state_size` and `op_flops`.
+    """
+
+    version: ClassVar[int] = 1
+    """Part of every cell's key: raise it when the numbers a mixer gives change."""
+    gated: ClassVar[bool] = False
+    """Has a data-dependent forget gate, so `forget_bias` applies."""
+    bounded: ClassVar[bool] = False
+    """Takes the learned lower bound of HGRN, so `lower_bound` applies."""
+    family: ClassVar[str] = ""
+    """The recurrence family it runs (`hgrn2_bench.ops.families`); empty for a wrapped plain module."""
+    backends: ClassVar[tuple[str, ...]] = ("reference", "chunked", "fla")
+    """Implementations that its family has."""
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()
+    """Names of own parameters that the optimiser must not decay."""
+
+    def __init__(self, spec: MixerSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        for name, value in spec.settings.items():
+            if name not in type(self).setting_names():
+                raise ConfigError(f"{type(self).__name__} has no setting {name!r}")
+            setattr(self, name, value)
+
+    @classmethod
+    def setting_names(cls) -> tuple[str, ...]:
+        """The annotated class attributes of the mixer itself, ClassVars left out."""
+        return tuple(n for n, a in vars(cls).get("__annotations__", {}).items() if "ClassVar" not in str(a))
+
+    def init_forget_bias(self) -> None:
+        """Put `spec.forget_bias` into the forget gate's bias: called at construction, and again by a model that has zeroed all biases."""
+
+    def project(self, x_BTD: Tensor, ctx: Context) -> families.OpInputs:
+        """Projections, local mixing, gates and activations: everything before the recurrence."""
+        raise NotImplementedError(f"{type(self).__name__} has no project")
+
+    def readout(self, o: Tensor, x_BTD: Tensor) -> Tensor:
+        """Norm, gate and output projection: everything after the recurrence."""
+        raise NotImplementedError(f"{type(self).__name__} has no readout")
+
+    def state_size(self, seq_len: int, itemsize: int = 4) -> int:
+        """Bytes that decoding holds for one sequence after `seq_len` tokens, buffers included; activations take `itemsize` bytes, recurrent states 4."""
+        raise NotImplementedError(f"{type(self).__name__} has no state_size")
+
+    def op_flops(self, seq_len: int) -> float:
+        """Forward floating-point operations of the recurrence itself per token, in recurrent form (softmax: at the mean context)."""
+        raise NotImplementedError(f"{type(self).__name__} has no op_flops")
+
+    def effective(self) -> dict[str, Any]:
+        """What was really built, for the row: heads, head dimension, scale, activations. Core adds kernel, dtypes and median decay."""
+        return {}
+
+    def forward(self, x_BTD: Tensor, ctx: Context | None = None) -> Tensor:
+        """Mix one batch; with `ctx.return_state` the final state is left in `ctx.next_state`."""
+        ctx = ctx or Context()
+        inputs = self.project(x_BTD, ctx)
+        if ctx.lengths_B is not None:
+            inputs = inputs.masked(ctx.lengths_B)
+        o, state = families.run(inputs, self.spec.backend, ctx.state["op"] if ctx.state else None)
+        if ctx.return_state:
+            ctx.next_state["op"] = state
+        return self.readout(o, x_BTD)
+
+    def step(self, x_BD: Tensor, state: MixerState | None, shared: Mapping[str, Tensor] | None = None) -> tuple[Tensor, MixerState]:
+        """Decode one token: (B, D) and the state so far (None at the start) to (B, D) and the next state."""
+        ctx = Context(shared=shared or {}, state=state, return_state=True)
+        return self.forward(x_BD[:, None], ctx)[:, 0], ctx.next_state
+
+
+def heads_of(d_model: int, head_dim: int, what: str, width: str = "d_model", result: str = "heads") -> int:
+    """Number of heads of `head_dim` channels in `d_model`; ConfigError with the nearest legal values where it does not divide.
+
+    `what`, `width` and `result` name the three numbers in the message, for mixers whose setting is the number of heads.
+    """
+    if head_dim >= 1 and d_model % head_dim == 0:
+        return d_model // head_dim
+    legal = [n for n in range(1, d_model + 1) if d_model % n == 0]
+    near = sorted(sorted(legal, key=lambda n: abs(n - head_dim))[:2])
+    raise ConfigError(
+        f"{width}={d_model} must be a multiple of {what}={head_dim} ({result} = {width} / {what}); nearest legal {what}: "
+        + " or ".join(map(str, near))
+    )
+
+
+def recomputing(module: type[nn.Module]) -> type[Mixer]:
+    """A plain module class, built as `module(d_model, **settings)`, (B, T, D) -> (B, T, D), as a Mixer: it decodes by recomputing all tokens."""
+
+    class Recomputing(Mixer):
+        backends: ClassVar[tuple[str, ...]] = ("chunked",)
+
+        def __init__(self, spec: MixerSpec) -> None:
+            super().__init__(replace(spec, settings={}))
+            self.module = module(spec.d_model, **spec.settings)
+
+        def state_size(self, seq_len: int, itemsize: int = 4) -> int:
+            return seq_len * self.spec.d_model * itemsize
+
+        def op_flops(self, seq_len: int) -> float:
+            return 0.0
+
+        def effective(self) -> dict[str, Any]:
+            return {"class": module.__name__, "decoding": "recomputes all tokens", "flops": "matrices only"}
+
+        def forward(self, x_BTD: Tensor, ctx: Context | None = None) -> Tensor:
+            ctx = ctx or Context()
+            if ctx.lengths_B is not None:
+                raise ValueError(f"{module.__name__} is a plain module: it cannot know the true lengths of padded sequences")
+            past = ctx.state["op"][0] if ctx.state else x_BTD[:, :0]
+            seen_BTD = torch.cat([past, x_BTD], 1)
+            if ctx.return_state:
+                ctx.next_state["op"] = (seen_BTD,)
+            y_BTD = self.module(seen_BTD)
+            if not isinstance(y_BTD, Tensor) or y_BTD.shape != seen_BTD.shape:
+                got = tuple(y_BTD.shape) if isinstance(y_BTD, Tensor) else type(y_BTD).__name__
+                raise ValueError(f"{module.__name__} must map (B, T, D) to (B, T, D): gave {got} for {tuple(seen_BTD.shape)}")
+            return y_BTD[:, past.shape[1] :]
+
+    Recomputing.__name__ = Recomputing.__qualname__ = module.__name__
+    return Recomputing

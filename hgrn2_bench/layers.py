@@ -1,0 +1,116 @@
+"""Small layers that several mixers share: the short convolution, the norms, the forget gate with its lower bound.
+
+Shape letters: B batch, T time, D channels, W convolution width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hgrn2_bench.interfaces import Context, MixerSpec
+
+
+def identity(x: Tensor) -> Tensor:
+    """The activation named `none`."""
+    return x
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": identity, "silu": F.silu, "sigmoid": torch.sigmoid}
+
+
+class ShortConv(nn.Module):
+    """Causal depthwise convolution of width W over time, (B, T, D) -> (B, T, D); decoding keeps the last W - 1 inputs.
+
+    Parameters start as in `nn.Conv1d` (uniform with bound 1/sqrt(W)). `name` is its key in the mixer's state.
+    It is computed as a two-dimensional convolution of height 1: (B, T, D) is then laid out channels-last already, nothing is
+    transposed, and the CPU kernel is two to five times faster.
+    """
+
+    def __init__(self, channels: int, width: int, name: str, bias: bool = False) -> None:
+        super().__init__()
+        self.width, self.name = width, name
+        self.conv = nn.Conv1d(channels, channels, width, groups=channels, bias=bias)
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """Convolve after the incoming buffer (zeros at the start), leaving the new buffer in `ctx.next_state`."""
+        B, T, D = x_BTD.shape
+        past = x_BTD.new_zeros(B, self.width - 1, D) if ctx.state is None else ctx.state[self.name][0].to(x_BTD.dtype)
+        padded = torch.cat([past, x_BTD], 1)
+        if ctx.return_state:
+            end = torch.full((B,), T, device=x_BTD.device) if ctx.lengths_B is None else ctx.lengths_B.to(x_BTD.device)
+            index = end[:, None] + torch.arange(self.width - 1, device=x_BTD.device)
+            ctx.next_state[self.name] = (padded.gather(1, index[..., None].expand(-1, -1, D)),)
+        image_BD1T = padded.transpose(1, 2)[:, :, None]
+        return F.conv2d(image_BD1T, self.conv.weight[:, :, None], self.conv.bias, groups=D)[:, :, 0].transpose(1, 2)
+
+
+def conv_buffers(mixer: nn.Module) -> int:
+    """How many numbers the short convolutions of a mixer hold for one sequence while decoding."""
+    return sum((m.width - 1) * m.conv.in_channels for m in mixer.modules() if isinstance(m, ShortConv))
+
+
+def conv_names(mixer: nn.Module) -> list[str]:
+    """The names of a mixer's short convolutions, for its row."""
+    return [m.name for m in mixer.modules() if isinstance(m, ShortConv)]
+
+
+def forget_gate(logit_BTD: Tensor, bound_D: Tensor | None) -> tuple[Tensor, Tensor]:
+    """f = lb + (1 - lb) sigmoid(logit) as (log f, 1 - f), in float32 or wider; lb is `bound_D`, 0 without one.
+
+    Neither result is a difference of near-equal numbers, whether f is near 0 or near 1:
+    log f = log sigmoid(logit) + log(1 + lb exp(-logit)), 1 - f = (1 - lb) sigmoid(-logit).
+    """
+    z = logit_BTD.to(torch.promote_types(logit_BTD.dtype, torch.float32))
+    log_f, rest = F.logsigmoid(z), torch.sigmoid(-z)
+    if bound_D is None:
+        return log_f, rest
+    bound_D = bound_D.to(z.dtype)
+    log_bound_D = bound_D.clamp_min(torch.finfo(z.dtype).tiny).log()  # the clamp passes no gradient at lb = 0, where log's is infinite
+    return log_f + F.softplus(log_bound_D - z, threshold=40), (1 - bound_D) * rest
+
+
+class ForgetGate(nn.Module):
+    """The forget gate of HGRN and HGRN2 with the bound that the model shares: logit (B, T, D) to (log f, 1 - f).
+
+    `forget_bias` belongs into the bias of the projection that makes the logit. Where that has none, or a convolution follows it (which
+    would multiply the bias by the sum of its weights), the gate gets a learned bias of its own, unless `forget_bias` is 0.
+    """
+
+    def __init__(self, spec: MixerSpec, projection_bias: bool) -> None:
+        super().__init__()
+        self.spec = spec
+        own = spec.forget_bias != 0 and (spec.conv > 0 or not projection_bias)
+        self.bias = nn.Parameter(torch.zeros(spec.d_model)) if own else None
+
+    def forward(self, logit_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Both results in float32 or wider; the bound is this layer's row of the model's `lower_bound` (num_layers, D)."""
+        if self.bias is not None:
+            logit_BTD = logit_BTD + self.bias
+        bound_LD = ctx.shared.get("lower_bound")
+        return forget_gate(logit_BTD, None if bound_LD is None else bound_LD[self.spec.layer])
+
+    @torch.no_grad()
+    def init_bias(self, projection: nn.Linear) -> None:
+        """Set the own bias to `forget_bias`, or add it to the last D biases of the projection."""
+        if self.bias is not None:
+            self.bias.fill_(self.spec.forget_bias)
+        elif self.spec.forget_bias:
+            projection.bias[-self.spec.d_model :] += self.spec.forget_bias
+
+    def describe(self, projection: nn.Linear) -> str:
+        """Where the bias of the gate is, for the row."""
+        if self.bias is not None:
+            return "own learned bias of the gate"
+        return "none" if projection.bias is None else "bias of in_proj"
+
+
+def split_heads(x_BTD: Tensor, heads: int) -> Tensor:
+    """(B, T, H K) to (B, T, H, K)."""
+    return x_BTD.reshape(*x_BTD.shape[:-1], heads, -1)
+
+
+def rms_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Root-mean-square norm over the last dimension without a weight (SimpleRMSNorm of the HGRN papers)."""
+    return F.rms_norm(x, (x.shape[-1],), eps=eps)

@@ -1,0 +1,168 @@
+"""The model around a mixer: embedding, pre-norm blocks, final norm, head.
+
+    x = embed(tokens) + positions
+    x = x + mixer(norm(x));  x = x + channel(norm(x))      for each layer
+    logits = head(norm(x))                                 only where a label asks for one
+
+Shape letters: B batch, T time, D width, V vocabulary, L layers, M positions with a label.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hgrn2_bench.config import ModelConfig
+from hgrn2_bench.interfaces import Context, Mixer, MixerSpec
+
+
+def mixer_spec(config: ModelConfig, layer: int, backend: str, settings: Mapping[str, Any]) -> MixerSpec:
+    """What the configuration says to the mixer of one layer."""
+    return MixerSpec(config.d_model, layer, config.num_layers, config.conv, config.forget_bias, config.positions, backend, settings)
+
+
+class GLU(nn.Module):
+    """Gated linear unit, W3(silu(W1 x) * W2 x) with biases, (..., D) -> (..., D) (arXiv 2002.05202, as in HGRN2's code)."""
+
+    def __init__(self, d_model: int, width: int) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(d_model, width), nn.Linear(d_model, width), nn.Linear(width, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the unit."""
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+class MLP(nn.Sequential):
+    """Two linear layers with GELU between, (..., D) -> (..., D)."""
+
+    def __init__(self, d_model: int, width: int) -> None:
+        super().__init__(nn.Linear(d_model, width), nn.GELU(), nn.Linear(width, d_model))
+
+
+def channel_mixer(config: ModelConfig) -> nn.Module | None:
+    """The channel mixer of a block.
+
+    `identity` is the quirk of Zoology's block without a state mixer: the normalised residual itself is added back.
+    A width of 0 means 4 d for an MLP, and for a GLU 8/3 d rounded up to a multiple of 8.
+    """
+    d = config.d_model
+    if config.channel_mixer == "mlp":
+        return MLP(d, config.channel_width or 4 * d)
+    if config.channel_mixer == "glu":
+        return GLU(d, config.channel_width or 8 * math.ceil(d / 3))
+    return nn.Identity() if config.channel_mixer == "identity" else None
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """The norm that the protocol uses before every mixer and before the head."""
+    return nn.LayerNorm(config.d_model) if config.norm == "layernorm" else nn.RMSNorm(config.d_model, eps=1e-5)
+
+
+class Block(nn.Module):
+    """One pre-norm layer, (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: ModelConfig, mixer: Mixer) -> None:
+        super().__init__()
+        self.mixer_norm, self.mixer = make_norm(config), mixer
+        self.channel = channel_mixer(config)
+        self.channel_norm = make_norm(config) if self.channel is not None else None
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """Mix over time, then over channels."""
+        x_BTD = x_BTD + self.dropout(self.mixer(self.mixer_norm(x_BTD), ctx))
+        if self.channel is not None and self.channel_norm is not None:
+            x_BTD = x_BTD + self.dropout(self.channel(self.channel_norm(x_BTD)))
+        return x_BTD
+
+
+def sinusoid(max_len: int, d_model: int) -> Tensor:
+    """Fixed sinusoidal positions (max_len, D) of the Transformer (arXiv 1706.03762, section 3.5)."""
+    angle = torch.arange(max_len)[:, None] / 10_000 ** (torch.arange(0, d_model, 2) / d_model)
+    return torch.stack([angle.sin(), angle.cos()], -1).reshape(max_len, d_model)
+
+
+def bounds(table_LD: Tensor, kind: str) -> Tensor:
+    """Lower bounds (L, D) of the forget gate from HGRN's learned table: softmax over layers, then cumulated (arXiv 2311.04823, eq. 6).
+
+    `inclusive` drops the first layer's share, `exclusive` the last one's; both give layer 0 the bound 0.
+    """
+    share_LD = table_LD.float().softmax(0)
+    summed_LD = share_LD.cumsum(0)
+    return summed_LD - share_LD[0] if kind == "inclusive" else summed_LD - share_LD
+
+
+class SequenceModel(nn.Module):
+    """Token ids (B, T) to hidden states (B, T, D) or to logits at chosen positions (M, V)."""
+
+    def __init__(
+        self, config: ModelConfig, mixer: type[Mixer], settings: Mapping[str, Any], backend: str, vocab_size: int, max_len: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.position = nn.Embedding(max_len, config.d_model) if config.positions == "learned" else None
+        if config.positions == "sinusoid":
+            self.register_buffer("sinusoid", sinusoid(max_len, config.d_model), persistent=False)
+        self.bound_table = nn.Parameter(torch.ones(config.num_layers, config.d_model)) if config.lower_bound != "none" else None
+        specs = [mixer_spec(config, layer, backend, settings) for layer in range(config.num_layers)]
+        self.blocks = nn.ModuleList(Block(config, mixer(spec)) for spec in specs)
+        self.norm = make_norm(config)
+        self.head = nn.Linear(config.d_model, vocab_size, bias=False)
+        self.embed_dropout = nn.Dropout(config.embed_dropout)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """Embeddings at `embed_std`; `init=blanket` also re-initialises every Linear, mixers' too, as Zoology's trainer does.
+
+        Blanket: standard deviation 0.02, biases 0, output projections 0.02 / sqrt(2 L). It erases what a mixer set itself (Mamba's dt).
+        """
+        for table in (self.embedding, self.position):
+            if table is not None:
+                nn.init.normal_(table.weight, std=self.config.embed_std)
+        if self.config.init == "blanket":
+            for name, module in self.named_modules():
+                if isinstance(module, nn.Linear):
+                    is_output = name.rpartition(".")[2] in OUTPUT_PROJECTIONS
+                    nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.num_layers) if is_output else 0.02)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens_BT: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D) after the final norm. ValueError where the sequence is longer than a learned position table."""
+        T = tokens_BT.shape[1]
+        x_BTD = self.embedding(tokens_BT)
+        if self.position is not None:
+            if T > self.position.num_embeddings:
+                raise ValueError(f"{T} tokens, but positions=learned knows only {self.position.num_embeddings}")
+            x_BTD = x_BTD + self.position.weight[:T]
+        elif self.config.positions == "sinusoid":
+            x_BTD = x_BTD + self.get_buffer("sinusoid")[:T]
+        x_BTD = self.embed_dropout(x_BTD)
+        shared = self.shared()
+        for block in self.blocks:
+            x_BTD = block(x_BTD, Context(shared=shared, lengths_B=lengths_B))
+        return self.norm(x_BTD)
+
+    def shared(self) -> dict[str, Tensor]:
+        """Tensors that all mixers see."""
+        return {} if self.bound_table is None else {"lower_bound": bounds(self.bound_table, self.config.lower_bound)}
+
+    def logits(self, tokens_BT: Tensor, where: Tensor) -> Tensor:
+        """Logits (M, V) at the M flat positions `where` of (B, T), in row order."""
+        return self.head(self(tokens_BT).flatten(0, 1)[where])
+
+    @property
+    def mixers(self) -> list[Mixer]:
+        """The mixer of every layer."""
+        return [block.mixer for block in self.blocks if isinstance(block, Block)]
+
+
+OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down")
+"""Names of linear layers that write into the residual stream."""

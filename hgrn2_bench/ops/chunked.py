@@ -1,0 +1,183 @@
+"""The CPU default: every recurrence in pure PyTorch, fast enough to train on, equal to `reference` in outputs and gradients.
+
+The matrix-state families work chunk by chunk: inside a chunk all pairs of steps at once as masked attention, between chunks one
+update of the state per chunk (GLA, arXiv 2312.06635, section 4). The elementwise families run the scans of `scans`.
+
+Shape letters: B batch, T time, H heads, K key, V value, D channels, N states per channel;
+c chunks, M = B x H rows, L steps per chunk.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hgrn2_bench.ops import reference
+from hgrn2_bench.ops.families import DecayInputs, DiagonalInputs, ScalarDecayInputs, SelectiveInputs, SoftmaxInputs, State
+from hgrn2_bench.ops.scans import LOG2E, DiagonalScan, SelectiveScan, exp, scan_rows
+
+
+def per_channel_decay(inputs: DecayInputs, state: State | None) -> tuple[Tensor, State]:
+    """S_t = diag(f_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t; shapes as in `DecayInputs`."""
+    dtype = reference.wide_dtype(inputs.q_BTHK, inputs.k_BTHK, inputs.v_BTHV, inputs.log_f_BTHK)
+    B, T, H, _ = inputs.q_BTHK.shape
+    longest, floor = (64, -30.0) if dtype == torch.float32 else (32, -60.0)
+    L = _chunk_length(T, longest)
+    q, k, v, log_f = (_chunks(x.to(dtype), L) for x in (inputs.q_BTHK * inputs.scale, inputs.k_BTHK, inputs.v_BTHV, inputs.log_f_BTHK))
+    S0 = None if state is None else state[0].to(dtype).flatten(0, 1)
+    with torch.autocast(v.device.type, enabled=False):
+        o, S = _PerChannelDecay.apply(q, k, v, log_f, S0, floor)
+    return _unchunk(o, B, T).to(inputs.v_BTHV.dtype), (S.unflatten(0, (B, H)),)
+
+
+def scalar_decay(inputs: ScalarDecayInputs, state: State | None) -> tuple[Tensor, State]:
+    """S_t = f_t S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t; shapes as in `ScalarDecayInputs`.
+
+    One decay per head, so the decay between every pair of steps of a chunk is a small matrix: 2^(G_i - G_j), never above 1.
+    G is float64: after one strong decay, differences of later sums would drown in float32's rounding.
+    """
+    dtype = reference.wide_dtype(inputs.q_BTHK, inputs.k_BTHK, inputs.v_BTHV, inputs.log_f_BTH)
+    B, T, H, _ = inputs.q_BTHK.shape
+    L = _chunk_length(T, 64)
+    q, k, v = (_chunks(x.to(dtype), L) for x in (inputs.q_BTHK * inputs.scale, inputs.k_BTHK, inputs.v_BTHV))
+    # 2^-1100 is 0 in float64: the floor changes no value, and turns a decay to exactly 0 (log f = -inf) into a number.
+    G = (_chunks(inputs.log_f_BTH[..., None].double(), L) * LOG2E).clamp(min=-1100.0).cumsum(2)
+    after = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
+    with torch.autocast(v.device.type, enabled=False):
+        A = _bmm(q, k.mT) * (G - G.mT).masked_fill(after, -math.inf).to(dtype).exp2()
+        o = _bmm(A, v)
+        S = _bmm((k * (G[:, :, -1:] - G).to(dtype).exp2()).mT, v)
+        if len(S) > 1 or state is not None:
+            S0 = torch.zeros_like(S[0]) if state is None else state[0].to(dtype).flatten(0, 1)
+            S = DiagonalScan.apply(G[:, :, -1:].to(dtype).exp2().expand_as(S), S, S0)
+            o = o + _bmm(q * G.to(dtype).exp2(), torch.cat([S0[None], S[:-1]]))
+    return _unchunk(o, B, T).to(inputs.v_BTHV.dtype), (S[-1].clone().unflatten(0, (B, H)),)
+
+
+def diagonal_scan(inputs: DiagonalInputs, state: State | None) -> tuple[Tensor, State]:
+    """h_t = exp(log_a_t + i theta_t) h_{t-1} + x_t, o_t = h_t; shapes as in `DiagonalInputs`."""
+    dtype = reference.wide_dtype(inputs.x_BTD, inputs.log_a_BTD)
+    a_TBD = exp(_time_first(inputs.log_a_BTD, dtype))
+    if inputs.theta is not None:
+        theta = inputs.theta.to(dtype) if inputs.theta.ndim == 1 else _time_first(inputs.theta, dtype)
+        a_TBD = torch.complex(a_TBD * theta.cos(), a_TBD * theta.sin())
+    h0_BD = None if state is None else state[0].to(a_TBD.dtype)
+    h_TBD = DiagonalScan.apply(a_TBD, inputs.x_BTD.transpose(0, 1).to(a_TBD.dtype), h0_BD)
+    return h_TBD.transpose(0, 1).to(inputs.x_BTD.dtype), (h_TBD[-1].clone(),)
+
+
+def selective_scan(inputs: SelectiveInputs, state: State | None) -> tuple[Tensor, State]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, o_t = h_t C_t; shapes as in `SelectiveInputs`."""
+    dtype = reference.wide_dtype(inputs.x_BTD, inputs.dt_BTD, inputs.A_DN, inputs.B_BTN, inputs.C_BTN)
+    x, dt, B, C = (_time_first(t, dtype) for t in (inputs.x_BTD, inputs.dt_BTD, inputs.B_BTN, inputs.C_BTN))
+    A_ND = inputs.A_DN.to(dtype).mT.contiguous()
+    h0_BND = A_ND.new_zeros(x.shape[1], *A_ND.shape) if state is None else state[0].to(dtype).mT.contiguous()
+    with torch.autocast(x.device.type, enabled=False):
+        y_TBD, h_BND = SelectiveScan.apply(x, dt, A_ND, B, C, h0_BND)
+    return y_TBD.transpose(0, 1).to(inputs.x_BTD.dtype), (h_BND.mT,)
+
+
+def softmax(inputs: SoftmaxInputs, state: State | None) -> tuple[Tensor, State]:
+    """o_t = sum_s softmax_s(scale q_t k_s) v_s by torch's own attention kernel; shapes and cache as in `SoftmaxInputs`.
+
+    Computes in the dtype of v, as mixed precision asks, unlike the other families: there is no state to keep wide.
+    """
+    k_BSHK, v_BSHV = reference.cached_keys(inputs, state)
+    T, S = inputs.q_BTHK.shape[1], k_BSHK.shape[1]
+    triangular = inputs.causal and S == T and inputs.lengths_B is None
+    everything = inputs.lengths_B is None and (T == 1 or not inputs.causal)
+    mask = None if triangular or everything else reference.visible_keys(inputs, S)
+    q, k, v = (x.to(v_BSHV.dtype).transpose(1, 2) for x in (inputs.q_BTHK, k_BSHK, v_BSHV))
+    o_BHTV = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=triangular, scale=inputs.scale)
+    return o_BHTV.transpose(1, 2).to(inputs.v_BTHV.dtype), (k_BSHK, v_BSHV)
+
+
+class _PerChannelDecay(torch.autograd.Function):
+    """(q_cMLK, k_cMLK, v_cMLV, log_f_cMLK, S0_MKV or None, floor) -> (o_cMLV, final state S_MKV).
+
+    With G the sum of log2 f from the middle of its chunk, the scores are (q 2^G) (k 2^-G)^T: one product, always in float64,
+    where 2^G stays finite because log2 f is cut at `floor` and half a chunk of it is at most 960 (2^1023 is the largest power).
+    A step cut at 2^-30 in float32 or 2^-60 in float64 has forgotten everything to within rounding, so nothing else changes.
+    Above the diagonal the product may overflow to inf or NaN; `tril` drops it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_f: Tensor, S0: Tensor | None, floor: float) -> tuple[Tensor, Tensor]:
+        """The masked scores A of every chunk; the state before every chunk; o = A v + q 2^(G since the chunk's start) S."""
+        c, M, L, K = q.shape
+        G = (log_f.double() * LOG2E).clamp_(min=floor).cumsum_(2)
+        middle = G[:, :, L // 2, None].clone()
+        decay, to_middle = G.sub_(middle).exp2_(), middle.exp2()
+        q_in, k_out, to_end = q * decay, k / decay, decay[:, :, -1:]
+        A = _bmm(q_in, k_out.mT).tril_().to(v.dtype)
+        o = _bmm(A, v)
+        states = v.new_zeros(c + 1, M, K, v.shape[-1])
+        states[1:] = _bmm((k_out * to_end).to(v.dtype).mT, v)
+        ctx.carried = c > 1 or S0 is not None
+        if ctx.carried:
+            states[0] = 0 if S0 is None else S0
+            scan_rows((to_middle * to_end).to(v.dtype).mT.unbind(0), states.unbind(0))
+            o += _bmm((q_in * to_middle).to(v.dtype), states[:-1])
+        ctx.floor = floor
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(q_in, k_out, v, log_f, decay, to_middle, A, states)
+        return o, states[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor | None, dS: Tensor | None) -> tuple[Tensor | None, ...]:
+        """q meets the decays only as q 2^G, and k only as k 2^-G up to the chunk's end, so dG = q dq - k dk, plus S dS at the end."""
+        q_in, k_out, v, log_f, decay, to_middle, A, states = ctx.saved_tensors
+        do = torch.zeros_like(v) if do is None else do.contiguous()
+        dS0, dG_end = None, 0.0
+        with torch.autocast(v.device.type, enabled=False):
+            dA = _bmm(do, v.mT).tril_().double()
+            dq_in, dk_out, dv = _bmm(dA, k_out), _bmm(dA.mT, q_in), _bmm(A.mT, do)
+            if ctx.carried or dS is not None:
+                to_end = decay[:, :, -1:]
+                q_start, k_end, chunk_decay = (t.to(v.dtype) for t in (q_in * to_middle, k_out * to_end, (to_middle * to_end).mT))
+                dstates = torch.zeros_like(states)
+                dstates[:-1] = _bmm(q_start.mT, do)
+                if dS is not None:
+                    dstates[-1] = dS
+                scan_rows(chunk_decay.unbind(0)[::-1], dstates.unbind(0)[::-1])
+                dq_in.addcmul_(_bmm(do, states[:-1].mT).double(), to_middle)
+                dk_out.addcmul_(_bmm(v, dstates[1:].mT).double(), to_end)
+                dv += _bmm(k_end, dstates[1:])
+                dS0, dG_end = dstates[0], (states[1:] * dstates[1:]).sum(-1)[:, :, None]
+        dG = (q_in * dq_in).addcmul_(k_out, dk_out, value=-1)
+        dlog_f = dG.sub_(sums := dG.cumsum(2)).add_(sums[:, :, -1:] + dG_end)  # the sum from each step to the end of its chunk
+        dlog_f.masked_fill_(log_f * LOG2E <= ctx.floor, 0)
+        dq, dk = dq_in.mul_(decay).to(v.dtype), dk_out.div_(decay).to(v.dtype)
+        return dq, dk, dv, dlog_f.to(v.dtype), dS0 if ctx.needs_input_grad[4] else None, None
+
+
+def _bmm(x_cMij: Tensor, y_cMjk: Tensor) -> Tensor:
+    return (x_cMij.flatten(0, 1) @ y_cMjk.flatten(0, 1)).unflatten(0, x_cMij.shape[:2])
+
+
+def _chunk_length(T: int, longest: int) -> int:
+    """Steps per chunk so that the fewest chunks of at most `longest` steps need the least padding."""
+    return math.ceil(T / math.ceil(T / longest))
+
+
+def _chunks(x_BTHF: Tensor, L: int) -> Tensor:
+    """(B, T, H, F) to (c, B x H, L, F), padded with zeros at the end: a zero key and log decay leave the state alone."""
+    B, T, H, _ = x_BTHF.shape
+    c = math.ceil(T / L)
+    if c * L > T:
+        x_BTHF = F.pad(x_BTHF, (0, 0, 0, 0, 0, c * L - T))
+    return x_BTHF.reshape(B, c, L, H, -1).permute(1, 0, 3, 2, 4).reshape(c, B * H, L, -1)
+
+
+def _unchunk(x_cMLF: Tensor, B: int, T: int) -> Tensor:
+    """(c, B x H, L, F) back to (B, T, H, F)."""
+    x_cBHLF = x_cMLF.unflatten(1, (B, -1))
+    return x_cBHLF.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, :T]
+
+
+def _time_first(x_BTF: Tensor, dtype: torch.dtype) -> Tensor:
+    return x_BTF.to(dtype).transpose(0, 1).contiguous()

@@ -1,0 +1,144 @@
+"""One record of inputs per recurrence family, and the one place that runs them on a backend.
+
+Shape letters: B batch, T time, H heads, K key, V value, D channels, N states per channel.
+Every implementation module (`reference`, `chunked`, `fla`) has one function per family, named as the record's `family`:
+`f(inputs, state) -> (outputs, final state)`, where a state is a tuple of tensors and None means the start (zeros, or an empty cache).
+"""
+
+import importlib
+from dataclasses import dataclass, replace
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+State = tuple[Tensor, ...]
+
+
+class OpInputs(Protocol):
+    """What a mixer's `project` returns: the inputs of one recurrence, and an optional skip term added once to its output."""
+
+    family: ClassVar[str]
+
+    @property
+    def skip(self) -> Tensor | None:
+        """Added once to the output."""
+        ...
+
+    def masked(self, lengths_B: Tensor) -> "OpInputs":
+        """The same inputs with positions at and after each row's length made neutral: the state passes them unchanged."""
+        ...
+
+
+@dataclass(frozen=True)
+class DecayInputs:
+    """Per-channel decay (HGRN2, GLA): S_t = diag(exp(log_f_t)) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t; state (S_BHKV,), fp32 or wider."""
+
+    q_BTHK: Tensor
+    k_BTHK: Tensor
+    v_BTHV: Tensor
+    log_f_BTHK: Tensor
+    scale: float = 1.0
+    skip: Tensor | None = None
+    family: ClassVar[str] = "per_channel_decay"
+
+    def masked(self, lengths_B: Tensor) -> "DecayInputs":
+        """Zero key and log decay at the padding."""
+        keep = valid(lengths_B, self.k_BTHK)
+        return replace(self, k_BTHK=self.k_BTHK * keep, log_f_BTHK=self.log_f_BTHK * keep)
+
+
+@dataclass(frozen=True)
+class ScalarDecayInputs:
+    """Scalar decay per head (RetNet, Mamba2, linear attention): S_t = exp(log_f_t) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t; state (S_BHKV,)."""
+
+    q_BTHK: Tensor
+    k_BTHK: Tensor
+    v_BTHV: Tensor
+    log_f_BTH: Tensor
+    scale: float = 1.0
+    skip: Tensor | None = None
+    family: ClassVar[str] = "scalar_decay"
+
+    def masked(self, lengths_B: Tensor) -> "ScalarDecayInputs":
+        """Zero key and log decay at the padding."""
+        return replace(
+            self,
+            k_BTHK=self.k_BTHK * valid(lengths_B, self.k_BTHK),
+            log_f_BTH=self.log_f_BTH * valid(lengths_B, self.log_f_BTH),
+        )
+
+
+@dataclass(frozen=True)
+class DiagonalInputs:
+    """Diagonal scan (HGRN1, LRU, S4D): h_t = exp(log_a_t + i theta_t) h_{t-1} + x_t, o_t = h_t; state (h_BD,).
+
+    `x_BTD` is complex exactly when a phase `theta` is given; `theta` has shape (D,) (one angle per channel) or (B, T, D).
+    """
+
+    x_BTD: Tensor
+    log_a_BTD: Tensor
+    theta: Tensor | None = None
+    skip: Tensor | None = None
+    family: ClassVar[str] = "diagonal_scan"
+
+    def masked(self, lengths_B: Tensor) -> "DiagonalInputs":
+        """Zero input, log decay and phase at the padding."""
+        keep = valid(lengths_B, self.log_a_BTD)
+        theta = None if self.theta is None else self.theta * keep
+        return replace(self, x_BTD=self.x_BTD * keep, log_a_BTD=self.log_a_BTD * keep, theta=theta)
+
+
+@dataclass(frozen=True)
+class SelectiveInputs:
+    """Selective scan (Mamba): h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, o_t = h_t C_t; `A_DN` is negative; state (h_BDN,)."""
+
+    x_BTD: Tensor
+    dt_BTD: Tensor
+    A_DN: Tensor
+    B_BTN: Tensor
+    C_BTN: Tensor
+    skip: Tensor | None = None
+    family: ClassVar[str] = "selective_scan"
+
+    def masked(self, lengths_B: Tensor) -> "SelectiveInputs":
+        """Zero step size at the padding: the decay is then 1 and the input 0."""
+        return replace(self, dt_BTD=self.dt_BTD * valid(lengths_B, self.dt_BTD))
+
+
+@dataclass(frozen=True)
+class SoftmaxInputs:
+    """Softmax attention: o_t = sum_s softmax_s(scale q_t k_s) v_s over s <= t (`causal`) or all s; state (k_BSHK, v_BSHV), the cache."""
+
+    q_BTHK: Tensor
+    k_BTHK: Tensor
+    v_BTHV: Tensor
+    scale: float
+    causal: bool = True
+    lengths_B: Tensor | None = None
+    skip: Tensor | None = None
+    family: ClassVar[str] = "softmax"
+
+    def masked(self, lengths_B: Tensor) -> "SoftmaxInputs":
+        """Hide the keys at the padding."""
+        return replace(self, lengths_B=lengths_B)
+
+
+def valid(lengths_B: Tensor, like: Tensor) -> Tensor:
+    """1 where position t < length, else 0, as (B, T, 1, ...) in the dtype of `like` (B, T, ...)."""
+    T = like.shape[1]
+    keep = torch.arange(T, device=like.device) < lengths_B.to(like.device)[:, None]
+    return keep.to(like.dtype).reshape(like.shape[0], T, *[1] * (like.ndim - 2))
+
+
+def run(inputs: OpInputs, backend: str, state: State | None = None) -> tuple[Tensor, State]:
+    """Run one recurrence on a resolved backend (`reference`, `chunked` or `fla`), and add the skip term.
+
+    Raises ValueError where the backend has no implementation of the family.
+    """
+    module = importlib.import_module(f"hgrn2_bench.ops.{backend}")
+    function = getattr(module, inputs.family, None)
+    if function is None:
+        raise ValueError(f"backend={backend} has no {inputs.family}; use backend=chunked")
+    o, final = function(inputs, state)
+    return (o if inputs.skip is None else o + inputs.skip), final

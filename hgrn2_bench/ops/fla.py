@@ -1,0 +1,136 @@
+"""The CUDA default: each family on the Triton kernel of flash-linear-attention (fla), always the same kernel whatever the length.
+
+Gates and states are computed in fp32; the output has the dtype of `v` (matrix states) or `x` (diagonal scan).
+Mamba's selective scan is absent on purpose: its fast kernel is in another package.
+Shape letters as in `families`; E is 2D: the real and imaginary parts of D complex channels, side by side.
+"""
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.ops.chunked import softmax as softmax  # torch's own attention kernel on every backend
+from hgrn2_bench.ops.families import DecayInputs, DiagonalInputs, OpInputs, ScalarDecayInputs, State
+
+# Triton multiplies matrices of at least 16 rows and columns; smaller heads are padded with zeros, which changes no result.
+MIN_HEAD_DIM = 16
+
+_KERNELS = {
+    "per_channel_decay": ("fla.ops.gla", "chunk_gla"),
+    "scalar_decay": ("fla.ops.simple_gla", "chunk_simple_gla"),
+    "diagonal_scan": ("fla.ops.hgrn", "fused_recurrent_hgrn"),
+}
+
+
+def per_channel_decay(inputs: DecayInputs, state: State | None) -> tuple[Tensor, State]:
+    """GLA's chunk kernel (arXiv 2312.06635, section 4): o (B, T, H, V), state (S_BHKV,) in fp32."""
+    return _matrix_state(inputs, _padded(inputs.log_f_BTHK.float(), 1), state)
+
+
+def scalar_decay(inputs: ScalarDecayInputs, state: State | None) -> tuple[Tensor, State]:
+    """The chunk kernel for one decay per head (Mamba2, arXiv 2405.21060, section 6): o (B, T, H, V), state (S_BHKV,) in fp32."""
+    return _matrix_state(inputs, inputs.log_f_BTH.float(), state)
+
+
+def diagonal_scan(inputs: DiagonalInputs, state: State | None) -> tuple[Tensor, State]:
+    """HGRN's recurrent kernel (arXiv 2311.04823): o (B, T, D), state (h_BD,) in fp32 or complex64.
+
+    Why not `chunk_hgrn`: it drops the gradients of the initial and the final state; and past two chunks of 128 steps its threads hand
+    values to each other through global memory without a barrier, which cost 8 to 50% of the output on an H100 where the decay was slow.
+    """
+    h_BD = None if state is None else state[0]
+    if inputs.theta is not None:
+        return _rotating_scan(inputs.x_BTD, inputs.log_a_BTD, inputs.theta, h_BD)
+    o_BTD, final_BD = _scan(inputs.x_BTD, inputs.log_a_BTD, h_BD)
+    return o_BTD.to(inputs.x_BTD.dtype), (final_BD,)
+
+
+def kernel_name(inputs: OpInputs) -> str:
+    """What computes these inputs, for the result row: `fla.chunk_gla`, `fla.chunk_gla (K padded 8 to 16)`, ..."""
+    if inputs.family == "softmax":
+        return "torch.scaled_dot_product_attention"
+    if inputs.family not in _KERNELS:
+        raise ConfigError(f"backend=fla has no {inputs.family}; use backend=chunked")
+    notes: list[str] = []
+    if isinstance(inputs, DecayInputs | ScalarDecayInputs):
+        sizes = {"K": inputs.k_BTHK.shape[-1], "V": inputs.v_BTHV.shape[-1]}
+        notes = [f"{letter} padded {size} to {MIN_HEAD_DIM}" for letter, size in sizes.items() if size < MIN_HEAD_DIM]
+    elif isinstance(inputs, DiagonalInputs) and inputs.theta is not None:
+        notes = ["complex channels as pairs of real ones"]
+    name = f"fla.{_KERNELS[inputs.family][1]}"
+    return f"{name} ({', '.join(notes)})" if notes else name
+
+
+def _matrix_state(inputs: DecayInputs | ScalarDecayInputs, log_f: Tensor, state: State | None) -> tuple[Tensor, State]:
+    """Run a chunk kernel with the scale given, never the kernel's default, and every head dimension padded to the least it multiplies."""
+    K, V, dtype = inputs.k_BTHK.shape[-1], inputs.v_BTHV.shape[-1], inputs.v_BTHV.dtype
+    o_BTHV, final_BHKV = _kernel(inputs.family)(
+        _padded(inputs.q_BTHK.to(dtype), 1),
+        _padded(inputs.k_BTHK.to(dtype), 1),
+        _padded(inputs.v_BTHV, 1),
+        log_f,
+        scale=inputs.scale,
+        initial_state=None if state is None else _padded(state[0].float(), 2),
+        output_final_state=True,
+    )
+    return o_BTHV[..., :V], (final_BHKV[..., :K, :V],)
+
+
+def _scan(x_BTD: Tensor, log_a_BTD: Tensor, h_BD: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The real scan in fp32, whatever the dtype of x: the kernel would keep its outputs, hence its gradients, in that dtype."""
+    h_BD = None if h_BD is None else h_BD.float()
+    o_BTD, final_BD = _kernel("diagonal_scan")(x_BTD.float(), log_a_BTD.float(), initial_state=h_BD, output_final_state=True)
+    return o_BTD, final_BD
+
+
+def _rotating_scan(x_BTD: Tensor, log_a_BTD: Tensor, theta: Tensor, h_BD: Tensor | None) -> tuple[Tensor, State]:
+    """The complex scan as a real one, in coordinates that turn with the cumulative phase phi.
+
+    g_t = exp(-i phi_t) h_t obeys g_t = exp(log_a_t) g_{t-1} + exp(-i phi_t) x_t. Its decay is real, so the real and imaginary parts
+    are channels like any other.
+    """
+    turn_TD = _turn(theta, x_BTD.shape[1])  # (T, D), or (B, T, D) where theta depends on the input
+    x_BTE = _parts(x_BTD.to(torch.complex64) * turn_TD.conj())
+    log_a_BTE = log_a_BTD.repeat_interleave(2, dim=-1)
+    o_BTE, final_BE = _scan(x_BTE, log_a_BTE, None if h_BD is None else _parts(h_BD.to(torch.complex64)))
+    return (_complex(o_BTE) * turn_TD).to(x_BTD.dtype), (_complex(final_BE) * turn_TD[..., -1, :],)
+
+
+def _turn(theta: Tensor, T: int) -> Tensor:
+    """exp(i phi_t), phi_t the sum of the angles up to t: summed in float64, since phi grows with T and only its remainder counts."""
+    theta_TD = theta.double() if theta.ndim == 3 else theta.double().expand(T, -1)
+    phi_TD = torch.remainder(theta_TD.cumsum(-2), 2 * math.pi).float()
+    return torch.polar(torch.ones_like(phi_TD), phi_TD)
+
+
+def _parts(z: Tensor) -> Tensor:
+    """(..., D) complex to (..., 2D) real."""
+    return torch.view_as_real(z.resolve_conj()).flatten(-2)
+
+
+def _complex(parts: Tensor) -> Tensor:
+    """(..., 2D) real to (..., D) complex."""
+    return torch.view_as_complex(parts.reshape(*parts.shape[:-1], -1, 2))
+
+
+def _padded(x: Tensor, dims: int) -> Tensor:
+    """Zeros appended to each of the last `dims` dimensions that is under `MIN_HEAD_DIM`."""
+    missing = [max(0, MIN_HEAD_DIM - size) for size in x.shape[::-1][:dims]]
+    return F.pad(x, [n for m in missing for n in (0, m)]) if any(missing) else x
+
+
+def _kernel(family: str) -> Callable[..., Any]:
+    """The fla function of one family; fla is imported here, at the first call, because that takes 8 seconds."""
+    module, name = _KERNELS[family]
+    try:
+        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] != "fla":
+            raise
+        raise ConfigError("CUDA runs need fla: pip install flash-linear-attention, or pass backend=chunked") from error

@@ -1,0 +1,103 @@
+"""The truth: every recurrence step by step, exactly as its record in `families` writes it.
+
+Computed in float32, or in float64 where any input is float64; outputs take the dtype of v (or x), states stay wide, except
+that the cache of softmax keeps the dtype of its keys and values. Plain autograd, no tricks: slow, and easy to check by eye.
+
+Shape letters: B batch, T time, S cached plus new time, H heads, K key, V value, D channels, N states per channel.
+"""
+
+import torch
+from torch import Tensor
+
+from hgrn2_bench.ops.families import DecayInputs, DiagonalInputs, ScalarDecayInputs, SelectiveInputs, SoftmaxInputs, State
+
+
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """The real dtype to compute in: float64 if any tensor has that precision, else float32."""
+    double = any(t.dtype in (torch.float64, torch.complex128) for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
+def per_channel_decay(inputs: DecayInputs, state: State | None) -> tuple[Tensor, State]:
+    """S_t = diag(f_t) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t (HGRN2, arXiv 2404.07904, equation 7; GLA, arXiv 2312.06635)."""
+    return _matrix_state(inputs, inputs.log_f_BTHK, state)
+
+
+def scalar_decay(inputs: ScalarDecayInputs, state: State | None) -> tuple[Tensor, State]:
+    """S_t = f_t S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t, one f_t per head (RetNet, arXiv 2307.08621; Mamba2, arXiv 2405.21060)."""
+    return _matrix_state(inputs, inputs.log_f_BTH[..., None], state)
+
+
+def _matrix_state(inputs: DecayInputs | ScalarDecayInputs, log_f_BTHK: Tensor, state: State | None) -> tuple[Tensor, State]:
+    dtype = wide_dtype(inputs.q_BTHK, inputs.k_BTHK, inputs.v_BTHV, log_f_BTHK)
+    q, k, v, log_f = (x.to(dtype) for x in (inputs.q_BTHK, inputs.k_BTHK, inputs.v_BTHV, log_f_BTHK))
+    B, _, H, K = q.shape
+    S_BHKV = q.new_zeros(B, H, K, v.shape[-1]) if state is None else state[0].to(dtype)
+    o = []
+    for q_BHK, k_BHK, v_BHV, f_BHK in zip(q.unbind(1), k.unbind(1), v.unbind(1), log_f.exp().unbind(1), strict=True):
+        S_BHKV = f_BHK[..., None] * S_BHKV + k_BHK[..., None] * v_BHV[..., None, :]
+        o.append(inputs.scale * (q_BHK[..., None] * S_BHKV).sum(-2))
+    return torch.stack(o, 1).to(inputs.v_BTHV.dtype), (S_BHKV,)
+
+
+def diagonal_scan(inputs: DiagonalInputs, state: State | None) -> tuple[Tensor, State]:
+    """h_t = exp(log_a_t + i theta_t) h_{t-1} + x_t, o_t = h_t (HGRN1, arXiv 2311.04823; LRU, arXiv 2303.06349)."""
+    dtype = wide_dtype(inputs.x_BTD, inputs.log_a_BTD)
+    a_BTD = inputs.log_a_BTD.to(dtype).exp()
+    if inputs.theta is not None:
+        a_BTD = a_BTD * torch.exp(1j * inputs.theta.to(dtype))
+    x_BTD = inputs.x_BTD.to(a_BTD.dtype)
+    h_BD = torch.zeros_like(x_BTD[:, 0]) if state is None else state[0].to(a_BTD.dtype)
+    o = []
+    for a_BD, x_BD in zip(a_BTD.unbind(1), x_BTD.unbind(1), strict=True):
+        h_BD = a_BD * h_BD + x_BD
+        o.append(h_BD)
+    return torch.stack(o, 1).to(inputs.x_BTD.dtype), (h_BD,)
+
+
+def selective_scan(inputs: SelectiveInputs, state: State | None) -> tuple[Tensor, State]:
+    """h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t^T, o_t = h_t C_t (Mamba, arXiv 2312.00752, algorithm 2 with B discretised as dt B)."""
+    dtype = wide_dtype(inputs.x_BTD, inputs.dt_BTD, inputs.A_DN, inputs.B_BTN, inputs.C_BTN)
+    x, dt, B, C = (t.to(dtype).unbind(1) for t in (inputs.x_BTD, inputs.dt_BTD, inputs.B_BTN, inputs.C_BTN))
+    A_DN = inputs.A_DN.to(dtype)
+    h_BDN = A_DN.new_zeros(len(inputs.x_BTD), *A_DN.shape) if state is None else state[0].to(dtype)
+    o = []
+    for x_BD, dt_BD, B_BN, C_BN in zip(x, dt, B, C, strict=True):
+        h_BDN = (dt_BD[..., None] * A_DN).exp() * h_BDN + (dt_BD * x_BD)[..., None] * B_BN[:, None]
+        o.append((h_BDN * C_BN[:, None]).sum(-1))
+    return torch.stack(o, 1).to(inputs.x_BTD.dtype), (h_BDN,)
+
+
+def softmax(inputs: SoftmaxInputs, state: State | None) -> tuple[Tensor, State]:
+    """o_t = sum_s softmax_s(scale q_t k_s) v_s; a query that sees no key at all gives 0.
+
+    With a cache the queries are the last T of the S = P + T positions, so that query t sees keys s <= P + t.
+    """
+    k_BSHK, v_BSHV = cached_keys(inputs, state)
+    dtype = wide_dtype(inputs.q_BTHK, k_BSHK, v_BSHV)
+    scores_BHTS = inputs.scale * torch.einsum("bthk,bshk->bhts", inputs.q_BTHK.to(dtype), k_BSHK.to(dtype))
+    visible = visible_keys(inputs, k_BSHK.shape[1])
+    # The lowest finite number, and not -inf, keeps a row without any key free of NaN, backward too; the product then gives its zeros.
+    weights_BHTS = scores_BHTS.masked_fill(~visible, torch.finfo(dtype).min).softmax(-1) * visible
+    o_BTHV = torch.einsum("bhts,bshv->bthv", weights_BHTS, v_BSHV.to(dtype))
+    return o_BTHV.to(inputs.v_BTHV.dtype), (k_BSHK, v_BSHV)
+
+
+def cached_keys(inputs: SoftmaxInputs, state: State | None) -> State:
+    """The cache with the new keys and values appended: (k_BSHK, v_BSHV). ValueError where padding would end up inside a cache."""
+    if state is None:
+        return inputs.k_BTHK, inputs.v_BTHV
+    if inputs.lengths_B is not None:
+        raise ValueError("softmax takes lengths or a cache, not both: a padded prompt leaves gaps in its cache; decode rows of equal length.")
+    return torch.cat([state[0], inputs.k_BTHK], 1), torch.cat([state[1], inputs.v_BTHV], 1)
+
+
+def visible_keys(inputs: SoftmaxInputs, S: int) -> Tensor:
+    """Which key each query may see, (T, S) or with lengths (B, 1, T, S)."""
+    T, device = inputs.q_BTHK.shape[1], inputs.q_BTHK.device
+    visible = torch.ones(T, S, dtype=torch.bool, device=device)
+    if inputs.causal:
+        visible = visible.tril(S - T)
+    if inputs.lengths_B is not None:
+        visible = visible & (torch.arange(S, device=device) < inputs.lengths_B.to(device)[:, None])[:, None, None]
+    return visible

@@ -1,0 +1,269 @@
+"""From words to cells: the product of all sweeps, checked, with equal cells merged. Imports no torch.
+
+Layers, later ones winning key by key: schema defaults, the preset's words, the task's words, the user's words; within a layer
+`model.key` wins over `key`. A cell's key is a hash of everything that can change its numbers, so a finished cell is found again.
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import itertools
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hgrn2_bench import registry
+from hgrn2_bench.config import PLAN_KEYS, CellConfig, ModelConfig, TrainConfig, Word, convert, parse_words, schema_of
+from hgrn2_bench.errors import ConfigError, unknown
+from hgrn2_bench.protocol import Preset, Protocol
+
+BACKENDS = ("reference", "chunked", "fla")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: complete, frozen, and JSON-ready. `data` is an instance of the suite's own schema."""
+
+    suite: str
+    protocol_version: int
+    preset: str
+    task: str
+    model: str
+    model_ref: str
+    """How to find the model (a registry key, or `./file.py:Class`); not part of the key."""
+    mixer_version: str
+    seed: int
+    backend: str
+    dtype: str
+    device: str
+    settings: Mapping[str, Any]
+    """The mixer's own settings, all of them."""
+    model_config: ModelConfig
+    train: TrainConfig
+    data: Any
+    command: str
+    """The command that runs exactly this cell; not part of the key."""
+    processes: int = 1
+
+    @property
+    def key(self) -> str:
+        """16 hex digits over everything that can change the numbers."""
+        content = {k: v for k, v in self.to_json().items() if k not in ("model_ref", "command")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain containers, as stored in `config.json`."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any]) -> "Cell":
+        """The cell that `to_json` stored."""
+        schema = registry.protocol(content["suite"]).data_schema
+        sections = {"model_config": ModelConfig, "train": TrainConfig, "data": schema}
+        return Cell(**{k: sections[k](**v) if k in sections else v for k, v in content.items()})
+
+    def fields(self) -> dict[str, Any]:
+        """Every setting of the cell under the name a user types, the mixer's own with its prefix."""
+        plain = {k: v for part in (self.model_config, self.train, self.data) for k, v in dataclasses.asdict(part).items()}
+        return plain | {f"{self.model}.{k}": v for k, v in self.settings.items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cells of one command, in the order they run, and remarks for the user."""
+
+    protocol: Protocol
+    preset: str
+    cells: tuple[Cell, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a planned cell will build and cost."""
+
+    parameters: int
+    non_embedding_parameters: int
+    state_bytes: int
+    train_flops_per_token: float
+    steps: int
+    tokens: int
+    seconds: float | None
+    """Estimated training time here; None where it was not probed."""
+    effective: Mapping[str, Any]
+
+
+@dataclass
+class _Axes:
+    """The sweeps of one layer stack for one model: name to values, in the order first seen."""
+
+    plain: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    own: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+
+    def apply(self, words: Iterable[Word], model: registry.Model) -> None:
+        """Let one layer's words win over those before."""
+        for word in words:
+            if not word.owner:
+                self.plain[word.key] = word.values
+                self.own.pop(word.key, None)
+        for word in words:
+            if word.owner == model.name:
+                self.own[word.key] = word.values
+
+
+def make_plan(words: Sequence[str], device: str) -> Plan:
+    """Turn a user's words into cells for a `device` type (cpu or cuda). ConfigError, one line, for anything that cannot run."""
+    parsed = parse_words(words)
+    protocol, preset_name, preset = _protocol_and_preset(parsed)
+    given = {word.key: word for word in parsed if not word.owner}
+    names = given["task"].values if "task" in given else tuple(preset.tasks)
+    for task in names:
+        if task not in preset.tasks:
+            raise unknown(f"task of {protocol.name} preset={preset_name}", str(task), preset.tasks)
+    preset_words = parse_words(preset.words)
+    refs = given["model"].values if "model" in given else next(w.values for w in preset_words if w.key == "model")
+    chosen = [registry.model(str(ref)) for ref in refs]
+    _check_names(parsed, protocol, chosen)
+    cells: dict[str, Cell] = {}
+    notes: dict[str, None] = {}
+    for task, (ref, model) in itertools.product(names, zip(refs, chosen, strict=True)):
+        axes = _Axes()
+        for layer in (preset_words, parse_words(preset.tasks[task]), parsed):
+            axes.apply(layer, model)
+        maker = _CellMaker(protocol, preset_name, task, model, str(ref), device, parsed, axes)
+        for cell in maker.cells():
+            cells.setdefault(cell.key, cell)
+        notes |= dict.fromkeys(maker.notes)
+    return Plan(protocol, preset_name, tuple(cells.values()), tuple(notes))
+
+
+def _protocol_and_preset(parsed: Sequence[Word]) -> tuple[Protocol, str, Preset]:
+    single: dict[str, str] = {}
+    for word in parsed:
+        if not word.owner and word.key in ("suite", "preset"):
+            if len(word.values) != 1:
+                raise ConfigError(f"{word.text!r}: one {word.key} at a time")
+            single[word.key] = str(word.values[0])
+    if "suite" not in single:
+        raise ConfigError(f"name a suite: suite={'|'.join(registry.suites())}")
+    protocol = registry.protocol(single["suite"])
+    name = single.get("preset", "smoke")
+    if name not in protocol.presets:
+        raise unknown(f"preset of {protocol.name}", name, protocol.presets)
+    return protocol, name, protocol.presets[name]
+
+
+def sections(protocol: Protocol) -> dict[str, type]:
+    """Section name to schema, for the plain keys of one suite."""
+    return {"cell": CellConfig, "model_config": ModelConfig, "train": TrainConfig, "data": protocol.data_schema}
+
+
+def _check_names(parsed: Sequence[Word], protocol: Protocol, chosen: Sequence[registry.Model]) -> None:
+    """Refuse unknown keys, repeated keys, and keys of models that are not in the run."""
+    schemas = sections(protocol)
+    plain = [f.name for s in schemas.values() for f in dataclasses.fields(s)]
+    own = {m.name: [f.name for f in dataclasses.fields(m.settings)] for m in chosen}
+    known = [*PLAN_KEYS, *plain, *(f"{m}.{k}" for m, keys in own.items() for k in keys)]
+    seen: set[str] = set()
+    for word in parsed:
+        if word.name in seen:
+            raise ConfigError(f"{word.name!r} is given twice; a sweep is written {word.name}=a,b")
+        seen.add(word.name)
+        if word.owner and word.owner not in own and word.owner in registry.models():
+            raise ConfigError(f"{word.text!r} has no effect: the run has no model {word.owner!r}")
+        if word.owner and (word.owner not in own or word.key not in (*own[word.owner], *plain)):
+            raise unknown("key", word.name, [*known, *(f"{m}.{k}" for m in own for k in plain if k == word.key)])
+        if not word.owner and word.key not in (*PLAN_KEYS, *plain):
+            raise unknown("key", word.key, known)
+        if not word.plain:
+            raise ConfigError(f"{word.text!r}: write plain {word.name}=value; Hydra's signs +, ~ and @ mean nothing here")
+
+
+class _CellMaker:
+    """Builds the cells of one task and model from its axes."""
+
+    def __init__(
+        self, protocol: Protocol, preset: str, task: str, model: registry.Model, ref: str, device: str, user: Sequence[Word], axes: _Axes
+    ) -> None:
+        self.protocol, self.preset, self.task, self.model, self.ref, self.device = protocol, preset, task, model, ref, device
+        self.user = [w for w in user if w.owner in ("", model.name) and w.key not in PLAN_KEYS]
+        self.axes = {k: v for k, v in axes.plain.items() if k not in PLAN_KEYS} | axes.own
+        self.notes: list[str] = []
+
+    def cells(self) -> list[Cell]:
+        """Every combination, or ConfigError for the first that is illegal."""
+        axes = {name: self._converted(name, values) for name, values in self.axes.items()}
+        self._drop_without_effect(axes)
+        return [self._cell(dict(zip(axes, combination, strict=True)), axes) for combination in itertools.product(*axes.values())]
+
+    def _converted(self, key: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        own = key in {f.name for f in dataclasses.fields(self.model.settings)}
+        found = schema_of(sections(self.protocol), key)
+        schema = self.model.settings if own or found is None else found[1]
+        return tuple(convert(schema, key, value, f"{self.model.name}.{key}" if own else key) for value in values)
+
+    def _drop_without_effect(self, axes: dict[str, tuple[Any, ...]]) -> None:
+        """Take out shared keys that this mixer cannot use; a sweep over them would otherwise repeat equal cells."""
+        for key, fact in (("forget_bias", "gated"), ("lower_bound", "bounded")):
+            if key in axes and not self.model.facts.get(fact, False):
+                del axes[key]
+                if any(w.key == key for w in self.user):
+                    self.notes.append(f"{key} has no effect on {self.model.name}: left out")
+
+    def _cell(self, values: dict[str, Any], axes: Mapping[str, tuple[Any, ...]]) -> Cell:
+        schemas = sections(self.protocol)
+        built = {section: schema(**_own(schema, values)) for section, schema in schemas.items()}
+        settings = dataclasses.asdict(self.model.settings(**_own(self.model.settings, values)))
+        cell: CellConfig = built.pop("cell")
+        task = self.protocol.name_task(built["data"])
+        return Cell(
+            suite=self.protocol.name,
+            protocol_version=self.protocol.version,
+            preset=self.preset,
+            task=task,
+            model=self.model.name,
+            model_ref=self.ref,
+            mixer_version=self.model.version,
+            seed=cell.seed,
+            backend=resolve_backend(cell.backend, self.device, self.model),
+            dtype=cell.dtype,
+            device=self.device,
+            settings=settings,
+            command=self._command(values, axes, cell.seed),
+            **built,
+        )
+
+    def _command(self, values: Mapping[str, Any], axes: Mapping[str, tuple[Any, ...]], seed: int) -> str:
+        """The words that give exactly this cell: the user's own and every swept value."""
+        typed = {w.key: w.name for w in self.user}
+        swept = {k: k for k, v in axes.items() if len(v) > 1}
+        own = {f.name for f in dataclasses.fields(self.model.settings)}
+        words = [f"suite={self.protocol.name}", f"preset={self.preset}"]
+        words += [f"task={self.task}", f"model={self.ref}", f"seed={seed}"]
+        for key in {**swept, **typed}:
+            if key in values and key != "seed":
+                name = f"{self.model.name}.{key}" if key in own else key
+                words.append(f"{name}={'null' if values[key] is None else values[key]}")
+        return shlex.join(["python", "-m", "hgrn2_bench", "run", *words, "--device", self.device])
+
+
+def _own(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that are fields of `schema`."""
+    names = {f.name for f in dataclasses.fields(schema)}
+    return {k: v for k, v in values.items() if k in names}
+
+
+def resolve_backend(name: str, device: str, model: registry.Model) -> str:
+    """Turn `auto` into the backend that every row records; ConfigError where the choice cannot run. Never falls back quietly."""
+    offered = tuple(model.facts.get("backends", BACKENDS))
+    if name == "auto":
+        name = "fla" if device == "cuda" and "fla" in offered else "chunked" if "chunked" in offered else offered[0]
+    if name not in offered:
+        raise ConfigError(f"backend={name}: {model.name} has only {', '.join(offered)}")
+    if name == "fla" and device != "cuda":
+        raise ConfigError("backend=fla needs a CUDA device; use backend=chunked")
+    if name == "fla" and importlib.util.find_spec("fla") is None:
+        raise ConfigError("CUDA runs need fla: pip install flash-linear-attention, or pass backend=chunked")
+    return name

@@ -1,0 +1,59 @@
+"""The suite contract, torch-free half: a frozen protocol, and what a runner module must offer.
+
+A suite is a folder with `protocol.py`, holding `PROTOCOL = Protocol(...)`, and `runner.py`, holding a class `Runner`
+(see `hgrn2_bench.engine.Runner`). Importing `protocol.py` must not import torch: the command line reads it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named set of words, applied before the user's own. Rows of different presets never share a table."""
+
+    summary: str
+    source: str
+    """Where its numbers come from."""
+    words: tuple[str, ...]
+    """`key=value` words in the command line's own grammar, `model=` among them."""
+    tasks: Mapping[str, tuple[str, ...]]
+    """Each task's own words, applied after `words`."""
+    reproduces: tuple[str, ...] = ()
+    """Tables of `published.csv` whose protocol this preset repeats, so that values may be compared."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a suite fixes for everybody: its presets, its primary metric, how rows are compared."""
+
+    name: str
+    version: int
+    """Part of every cell's key: raise it when the numbers a protocol gives change."""
+    metric: str
+    """The primary metric, by which models are compared and learning rates chosen."""
+    unit: str
+    higher_is_better: bool
+    """Holds for every metric of the suite."""
+    data_schema: type
+    """Frozen dataclass of the suite's own keys (task and data); its `__post_init__` checks combinations."""
+    name_task: Callable[[Any], str]
+    """The task's name from its data settings, so that a row's task always says what was run."""
+    presets: Mapping[str, Preset]
+    tuned: tuple[str, ...] = ("lr",)
+    """Keys of the tuning grid: the table reports the best value of each, chosen on the selection split."""
+    solved: float | None = None
+    """Where runs pile up near 0 and 1: the value from which a run counts as solved; the table then shows median and range."""
+    speed: bool = False
+    """Timing cells run alone and are compared on one device only."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured number on one split; `num_items` is what it averages over."""
+
+    split: str
+    name: str
+    value: float
+    num_items: int

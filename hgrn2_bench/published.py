@@ -1,0 +1,72 @@
+"""Published values beside our own: a verdict for each, never "reproduced" from one run. Reads `published.csv` of this package.
+
+Its columns: suite, table, task, metric, higher_is_better, model, params_m, layers, value, unit, source, note.
+"""
+
+import csv
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hgrn2_bench.protocol import Protocol
+from hgrn2_bench.results import Row
+from hgrn2_bench.tables import Column, Table
+
+TOLERANCE = 0.01
+"""Reading error of a value taken off a figure, unless its note says another."""
+
+
+def published(suite: str) -> list[dict[str, str]]:
+    """The published values of a suite, in the file's order."""
+    with (Path(__file__).parent / "published.csv").open(newline="") as file:
+        return [line for line in csv.DictReader(file) if line["suite"] == suite]
+
+
+def verdict(line: dict[str, str], rows: Sequence[Row], protocol: Protocol) -> tuple[str, str]:
+    """Our values and how they stand to one published value: within, above or below their range, or not comparable because ..."""
+    reproducing = [name for name, preset in protocol.presets.items() if line["table"] in preset.reproduces]
+    if not reproducing:
+        return "–", f"not comparable because no preset repeats the protocol of {line['table']}"
+    same = [r for r in rows if r.preset in reproducing and r.metric == line["metric"] and r.split == "test" and _same(line, r)]
+    if not same:
+        return "–", f"not comparable because there are no rows of preset {' or '.join(reproducing)} for this model, task and width"
+    depth = [r for r in same if not line["layers"] or str(r.settings["num_layers"]) == line["layers"]]
+    if not depth:
+        return "–", f"not comparable because ours has {same[0].settings['num_layers']} layers and the published one {line['layers']}"
+    known = [r for r in depth if r.status == "ok" and r.value is not None]
+    if not known:
+        return "–", f"not comparable because our run {depth[0].status}: {depth[0].reason}"
+    best = max({r.settings["lr"] for r in known}, key=lambda lr: max(_value(r) for r in known if r.settings["lr"] == lr))
+    values = sorted(_value(r) for r in known if r.settings["lr"] == best)
+    target, slack = float(line["value"]), _tolerance(line["note"])
+    where = "below" if values[-1] + slack < target else "above" if values[0] - slack > target else "within"
+    shown = ", ".join(f"{v:.3f}" for v in values)
+    return shown, f"{where} (range of {len(values)} seed{'s' * (len(values) > 1)} at lr {best:g}, reading error {slack:g})"
+
+
+def _value(row: Row) -> float:
+    return float(row.value or 0.0)
+
+
+def _same(line: dict[str, str], row: Row) -> bool:
+    task = {row.task, f"{row.task}_d{row.settings.get('d_model')}"}
+    return line["task"] in task and line["model"].lower().replace("-", "_") == row.model
+
+
+def _tolerance(note: str) -> float:
+    found = re.search(r"\+-(0\.\d+)", note)
+    return float(found[1]) if found else TOLERANCE
+
+
+def published_table(rows: Sequence[Row], protocol: Protocol) -> Table | None:
+    """All published values of the suite with our own and the verdict; None where nothing is published for it."""
+    lines = published(protocol.name)
+    if not lines:
+        return None
+    columns = tuple(Column(name) for name in ("model", "task", "layers", "published", "ours", "verdict"))
+    body = []
+    for line in lines:
+        ours, words = verdict(line, rows, protocol)
+        body.append((line["model"], line["task"], line["layers"] or "–", line["value"], ours, words))
+    sources = dict.fromkeys(f"{line['table']}: {line['source']}" for line in lines)
+    return Table(f"{protocol.name}: published values", columns, tuple(body), tuple(sources))

@@ -1,0 +1,235 @@
+"""Names of models and suites: found from file names and entry points, read as source text, imported only to run.
+
+A model's key is its file name in `baselines/` (or `hgrn2`); a suite's is its folder name in `suites/`. A third party adds its own
+through the entry-point groups `hgrn2_bench.baselines` (value `package.module`) and `hgrn2_bench.suites` (value `package`).
+`./file.py:Class` names a model of the user's own.
+"""
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from hgrn2_bench.errors import ConfigError, unknown
+from hgrn2_bench.protocol import Protocol
+
+if TYPE_CHECKING:
+    from hgrn2_bench.interfaces import Mixer
+
+ROOT = Path(__file__).parent.parent
+_TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model as its source text describes it."""
+
+    name: str
+    """The registry key, or the class name of a file of the user's own."""
+    module: str
+    """Dotted module name, or the path of a user's file."""
+    class_name: str
+    summary: str
+    settings: type
+    """Frozen dataclass of its own settings."""
+    facts: dict[str, Any]
+    """Literal ClassVars: version, gated, bounded, backends."""
+    is_mixer: bool = True
+    """False for a plain nn.Module, which is wrapped."""
+
+    @property
+    def version(self) -> str:
+        """What changes when the model's numbers may change: the declared version, or for a user's file the hash of its text."""
+        if self.module.endswith(".py"):
+            return hashlib.sha256(Path(self.module).read_bytes()).hexdigest()[:16]
+        return str(self.facts.get("version", 1))
+
+
+def check_packages() -> None:
+    """Raise ConfigError where another project's `baselines` or `suites` hides ours: the three packages must lie side by side."""
+    for package in ("baselines", "suites"):
+        spec = importlib.util.find_spec(package)
+        origin = spec.origin if spec else None
+        if origin is None or Path(origin).resolve().parent.parent != ROOT.resolve():
+            raise ConfigError(f"package {package!r} is {origin or 'missing'}, not the one beside {Path(__file__).parent}: uninstall the intruder")
+
+
+@functools.cache
+def models() -> dict[str, Model]:
+    """Every registered model by key. ConfigError for a key that two sources claim."""
+    found: dict[str, Model] = {}
+    for name, module, path in _model_files():
+        if name in found:
+            raise ConfigError(f"two models are called {name!r}: {found[name].module} and {module}; rename one")
+        found[name] = read_model(path, name, module)
+    return dict(sorted(found.items()))
+
+
+def _model_files() -> Iterator[tuple[str, str, Path]]:
+    yield "hgrn2", "hgrn2_bench.hgrn2", ROOT / "hgrn2_bench/hgrn2.py"
+    for path in sorted((ROOT / "baselines").glob("[!_]*.py")):
+        yield path.stem, f"baselines.{path.stem}", path
+    for point in entry_points(group="hgrn2_bench.baselines"):
+        spec = importlib.util.find_spec(point.value)
+        if spec is None or spec.origin is None:
+            raise ConfigError(f"entry point {point.name!r}: module {point.value!r} is missing")
+        yield point.name, point.value, Path(spec.origin)
+
+
+@functools.cache
+def suites() -> dict[str, str]:
+    """Every registered suite: key to package name."""
+    found = {path.parent.name: f"suites.{path.parent.name}" for path in sorted((ROOT / "suites").glob("*/protocol.py"))}
+    for point in entry_points(group="hgrn2_bench.suites"):
+        if point.name in found:
+            raise ConfigError(f"two suites are called {point.name!r}: {found[point.name]} and {point.value}; rename one")
+        found[point.name] = point.value
+    return found
+
+
+def suite_summary(name: str) -> str:
+    """First docstring line of a suite's package, read without importing it."""
+    spec = importlib.util.find_spec(suites()[name])
+    return _summary(ast.parse(Path(spec.origin).read_text())) if spec and spec.origin else ""
+
+
+def protocol(name: str) -> Protocol:
+    """A suite's protocol; imports no torch. ConfigError with the nearest name for an unknown suite."""
+    if name not in suites():
+        raise unknown("suite", name, suites())
+    found = importlib.import_module(f"{suites()[name]}.protocol").PROTOCOL
+    if not isinstance(found, Protocol):
+        raise ConfigError(f"{suites()[name]}.protocol: PROTOCOL must be a hgrn2_bench.protocol.Protocol")
+    return found
+
+
+def model(ref: str) -> Model:
+    """A model by key, or by `./file.py:Class`. ConfigError with the nearest name, or saying what is wrong with the file."""
+    if ".py" in ref:
+        return _user_model(ref)
+    if ref not in models():
+        raise unknown("model", ref, models())
+    return models()[ref]
+
+
+@functools.cache
+def _user_model(ref: str) -> Model:
+    path, _, class_name = ref.partition(":")
+    if not class_name.isidentifier():
+        raise ConfigError(f"model={ref}: name the class too, {path}:MyMixer")
+    if not Path(path).is_file():
+        raise ConfigError(f"model={ref}: no file {path}")
+    if class_name in models():
+        raise ConfigError(f"model={ref}: {class_name!r} is already a registered model; rename the class")
+    return read_model(Path(path), class_name, path, class_name)
+
+
+def read_model(path: Path, name: str, module: str, class_name: str | None = None) -> Model:
+    """Read a model's class, settings and facts from its source text; ConfigError where the file does not hold one."""
+    try:
+        tree = ast.parse(path.read_text())
+    except (OSError, UnicodeDecodeError, SyntaxError) as error:
+        raise ConfigError(f"model {name!r}: cannot read {path}: {error}") from None
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    mixers = [c for c in classes if any(ast.unparse(b).split(".")[-1] == "Mixer" for b in c.bases)]
+    if class_name is not None:
+        chosen = [c for c in classes if c.name == class_name]
+        if not chosen:
+            raise unknown(f"class in {path}:", class_name, [c.name for c in classes])
+    else:
+        chosen = mixers
+        if len(chosen) != 1:
+            raise ConfigError(f"model {name!r}: {path} must define exactly one subclass of Mixer, not {len(chosen)}")
+    node = chosen[0]
+    is_mixer = node in mixers
+    summary = _summary(tree) or (ast.get_docstring(node) or "").split("\n")[0]
+    fields = list(_class_settings(node) if is_mixer else _init_settings(node))
+    settings = dataclasses.make_dataclass(f"{node.name}Settings", fields, frozen=True)
+    return Model(name, module, node.name, summary, settings, _facts(node) if is_mixer else {"backends": ("module",)}, is_mixer)
+
+
+def _summary(tree: ast.Module) -> str:
+    return (ast.get_docstring(tree) or "").split("\n")[0]
+
+
+def _field(name: str, annotation: ast.expr, default: ast.expr, where: str) -> tuple[str, Any, Any]:
+    """A dataclass field from an annotation and a literal default, both as source text."""
+    text = ast.unparse(annotation)
+    try:
+        value = ast.literal_eval(default)
+    except ValueError:
+        raise ConfigError(f"{where}: the default of {name!r} must be a literal") from None
+    if text.startswith(("Literal[", "typing.Literal[")):
+        choices = ast.literal_eval(text[text.index("[") + 1 : -1] + ",")
+        return name, str, dataclasses.field(default=value, metadata={"choices": choices})
+    optional = text.endswith("| None")
+    kind = _TYPES.get(text.removesuffix("| None").strip())
+    if kind is None:
+        raise ConfigError(f"{where}: setting {name!r} must be int, float, bool, str, Literal[...] or one of them | None, not {text}")
+    return name, (kind | None if optional else kind), dataclasses.field(default=value)
+
+
+def _class_settings(node: ast.ClassDef) -> Iterator[tuple[str, Any, Any]]:
+    """Settings of a Mixer: its annotated class attributes with a literal default."""
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name) and "ClassVar" not in ast.unparse(item.annotation):
+            if item.value is None:
+                raise ConfigError(f"{node.name}: setting {item.target.id!r} needs a default")
+            yield _field(item.target.id, item.annotation, item.value, node.name)
+
+
+def _init_settings(node: ast.ClassDef) -> Iterator[tuple[str, Any, Any]]:
+    """Settings of a plain module: annotated `__init__` parameters with a default, after `d_model`."""
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            args = item.args.args[-len(item.args.defaults) :] if item.args.defaults else []
+            pairs = [*zip(args, item.args.defaults, strict=True), *zip(item.args.kwonlyargs, item.args.kw_defaults, strict=True)]
+            for arg, default in pairs:
+                if arg.annotation is not None and default is not None and arg.arg != "d_model":
+                    yield _field(arg.arg, arg.annotation, default, node.name)
+
+
+def _facts(node: ast.ClassDef) -> dict[str, Any]:
+    """Literal values of the class variables."""
+    facts = {}
+    for item in node.body:
+        target = item.target if isinstance(item, ast.AnnAssign) else item.targets[0] if isinstance(item, ast.Assign) else None
+        value = getattr(item, "value", None)
+        if isinstance(target, ast.Name) and isinstance(value, ast.Constant | ast.Tuple):
+            facts[target.id] = ast.literal_eval(value)
+    return facts
+
+
+def load(ref: str) -> "type[Mixer]":
+    """Import a model's class; a plain nn.Module comes back wrapped as a Mixer that decodes by recomputing."""
+    from hgrn2_bench import interfaces
+
+    found = model(ref)
+    module = _import_file(Path(found.module)) if found.module.endswith(".py") else importlib.import_module(found.module)
+    cls = getattr(module, found.class_name)
+    if isinstance(cls, type) and issubclass(cls, interfaces.Mixer):
+        return cls
+    return interfaces.recomputing(cls)
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import a user's file under a name of its own, so that it hides no other module."""
+    name = f"hgrn2_bench_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"cannot import {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,362 @@
+"""Rows to tables: a pure function of the rows and the suite's protocol.
+
+A table holds one task under one preset, protocol version, precision and data; rows that differ in these go to tables of their own, and a
+note says why. Within a table, runs that differ only in seed are one line, and the tuning grid is reduced to its best value, chosen on
+the selection split. A failed run counts as the worst value; it is never dropped.
+"""
+
+import csv
+import io
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hgrn2_bench.protocol import Protocol
+from hgrn2_bench.results import Row
+
+FORMATS = ("md", "csv", "latex", "html", "jsonl")
+PAIRS_NEEDED = 5
+"""Paired seeds from which two models may be called not distinguishable."""
+SHOWN_BY_COLUMN = ("conv", "positions", "seed")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A heading and how its values are shown to a person; csv keeps them raw."""
+
+    name: str
+    show: Callable[[Any], str] = str
+
+
+@dataclass(frozen=True)
+class Table:
+    """A title, columns, lines of raw values, and the notes below."""
+
+    title: str
+    columns: tuple[Column, ...]
+    lines: tuple[tuple[Any, ...], ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell: its row on the test split (or its failure), and its value on the split that selects."""
+
+    row: Row
+    selection: float | None
+
+    @property
+    def value(self) -> float | None:
+        """The reported value; None where the cell has none."""
+        return self.row.value if self.row.status == "ok" else None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One model under one setting: the runs of its best tuned value, one per seed."""
+
+    runs: tuple[Run, ...]
+    tuned: Mapping[str, Any]
+    edge: tuple[str, ...]
+    """Tuned keys whose best value lies at the edge of its grid."""
+
+    @property
+    def first(self) -> Row:
+        """A row that speaks for what all runs share."""
+        return next((r.row for r in self.runs if r.value is not None), self.runs[0].row)
+
+    @property
+    def values(self) -> list[float | None]:
+        """Values in seed order."""
+        return [run.value for run in self.runs]
+
+    @property
+    def finished(self) -> list[float]:
+        """Values of the runs that have one."""
+        return [v for v in self.values if v is not None]
+
+
+def make_tables(rows: Iterable[Row], protocol: Protocol, metric: str | None = None) -> list[Table]:
+    """Every table that the rows of one suite give, presets and tasks in alphabetical order."""
+    metric = metric or protocol.metric
+    groups: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
+    for run in _runs(rows, metric):
+        row = run.row
+        groups[row.preset, row.task, row.protocol_version, row.dtype, row.device_name if protocol.speed else ""].append(run)
+    tables = []
+    for key in sorted(groups):
+        parts = _split_by_data(groups[key])
+        others = [k for k in groups if k[:2] == key[:2] and k != key]
+        why = ["rows of another protocol version, precision or device are in a table of their own"] if others else []
+        if len(parts) > 1:
+            why.append("rows of the same seed but other data (data hash) are in a table of their own")
+        tables += [_table(part, protocol, metric, why) for part in parts]
+    return tables
+
+
+def _runs(rows: Iterable[Row], metric: str) -> list[Run]:
+    """One run per cell, the newest where a cell was run twice."""
+    cells: dict[str, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda r: r.time):
+        if row.metric == metric or row.status != "ok":
+            cells[row.cell].append(row)
+    runs = []
+    for same in cells.values():
+        newest = [row for row in same if row.time == same[-1].time]
+        tested = next((row for row in newest if row.split == "test"), newest[-1])
+        select = tested.settings.get("select", "validation")
+        chosen = next((row.value for row in newest if row.split == select and row.status == "ok"), None)
+        runs.append(Run(tested, chosen))
+    return runs
+
+
+def _split_by_data(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs whose data hashes agree wherever their seeds do, in as few parts as the order of arrival gives; failures without data go first."""
+    parts: list[tuple[dict[int, str], list[Run]]] = []
+    for run in sorted(runs, key=lambda r: (not r.row.data_hash, r.row.data_hash, r.row.seed)):
+        seed, digest = run.row.seed, run.row.data_hash
+        for hashes, members in parts:
+            if not digest or hashes.get(seed, digest) == digest:
+                break
+        else:
+            hashes, members = {}, []
+            parts.append((hashes, members))
+        if digest:
+            hashes[seed] = digest
+        members.append(run)
+    return [members for _, members in parts]
+
+
+def _lines(runs: Sequence[Run], protocol: Protocol) -> list[Line]:
+    """Group runs by everything but seed and tuned keys, then keep the best tuned value of each group."""
+    groups: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        same = {k: v for k, v in run.row.settings.items() if k not in protocol.tuned and k != "seed"}
+        groups[json.dumps([run.row.model, run.row.backend, same], sort_keys=True)].append(run)
+    lines = [_best_line(group, protocol) for group in groups.values()]
+    return sorted(lines, key=lambda line: _rank(line, protocol), reverse=True)
+
+
+def _best_line(runs: Sequence[Run], protocol: Protocol) -> Line:
+    grid: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
+    for run in runs:
+        grid[tuple(run.row.settings.get(k) for k in protocol.tuned)].append(run)
+    sign = 1 if protocol.higher_is_better else -1
+
+    def score(point: tuple[Any, ...]) -> float:
+        values = [run.selection for run in grid[point] if run.row.status == "ok"]
+        if len(values) < len(grid[point]) or any(v is None for v in values):
+            return -float("inf")  # a point with a failed run is never preferred to one without
+        return sign * statistics.fmean(v for v in values if v is not None)
+
+    best = max(sorted(grid), key=score)
+    edge = []
+    for position, key in enumerate(protocol.tuned):
+        tried = sorted({point[position] for point in grid})
+        if len(tried) > 2 and best[position] in (tried[0], tried[-1]):
+            edge.append(key)
+    tuned = dict(zip(protocol.tuned, best, strict=True)) if len(grid) > 1 else {}
+    return Line(tuple(sorted(grid[best], key=lambda r: r.row.seed)), tuned, tuple(edge))
+
+
+def learned(line: Line) -> bool:
+    """Whether the median run beats every floor by more than twice the floor's standard error."""
+    row = line.first
+    if not line.finished or not row.floors:
+        return bool(line.finished)
+    floor = max(row.floors.values()) if row.higher_is_better else min(row.floors.values())
+    error = (floor * (1 - floor) / max(1, row.num_items)) ** 0.5 if 0 < floor < 1 else 0.0
+    middle = statistics.median(line.finished)
+    return middle > floor + 2 * error if row.higher_is_better else middle < floor - 2 * error
+
+
+def _rank(line: Line, protocol: Protocol) -> tuple[bool, bool, float]:
+    sign = 1 if protocol.higher_is_better else -1
+    middle = sign * statistics.median(line.finished) if line.finished else -float("inf")
+    return bool(line.finished), learned(line), middle
+
+
+def summary(values: Sequence[float | None], solved: float | None) -> str:
+    """Values of the seeds in words: all of them below three; else median, range and share solved, or mean and 95% t-interval."""
+    shown = ["–" if v is None else f"{v:.3f}" for v in values]
+    if len(values) < 3:
+        return ", ".join(shown)
+    if solved is not None:
+        ordered = sorted(values, key=lambda v: -float("inf") if v is None else v)
+        low, middle, high = ordered[0], ordered[(len(ordered) - 1) // 2], ordered[-1]
+        text = [("–" if v is None else f"{v:.3f}") for v in (middle, low, high)]
+        count = sum(v is not None and v >= solved for v in values)
+        return f"{text[0]} [{text[1]}, {text[2]}], solved {count}/{len(values)}"
+    known = [v for v in values if v is not None]
+    if len(known) < len(values):
+        return ", ".join(shown)
+    return f"{statistics.fmean(known):.3f} ± {half_interval(known):.3f}"
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Half the 95% t-interval of the mean of at least two values."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5)
+
+
+def indistinguishable(line: Line, best: Line) -> bool | None:
+    """Whether a paired t-test over common seeds keeps a line from differing from the best (p > 0.05); None below five pairs."""
+    ours = {run.row.seed: run.value for run in line.runs}
+    pairs = [(run.value, ours[run.row.seed]) for run in best.runs if run.row.seed in ours]
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    if len(known) < PAIRS_NEEDED:
+        return None
+    differences = [a - b for a, b in known]
+    if max(differences) == min(differences):
+        return differences[0] == 0
+    from scipy.stats import ttest_1samp
+
+    return bool(ttest_1samp(differences, 0.0).pvalue > 0.05)
+
+
+def _status(line: Line, best: Line | None) -> str:
+    """Outcomes that are not ok with their first reason, else whether the model learned and how it stands to the best."""
+    failures: dict[str, list[Row]] = defaultdict(list)
+    for run in line.runs:
+        if run.row.status != "ok":
+            failures[run.row.status].append(run.row)
+    words = [f"{status} {len(rows)}/{len(line.runs)}: {rows[0].reason}" for status, rows in failures.items()]
+    if line.finished and not learned(line):
+        words.append("not learned in this budget")
+    words += [f"best {key} at the edge of its grid" for key in line.edge]
+    if best is not None and line is not best and indistinguishable(line, best):
+        words.append("not distinguishable from best (paired t-test over seeds)")
+    return "; ".join(words) or "ok"
+
+
+def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[str]) -> Table:
+    lines = _lines(runs, protocol)
+    varying = _varying(lines, protocol)
+    seeds = sorted({run.row.seed for line in lines for run in line.runs})
+    arrow = "higher" if protocol.higher_is_better else "lower"
+    best = next((line for line in lines if learned(line)), None)
+    one_device = len({line.first.device_name for line in lines if line.finished}) <= 1
+    tuned = [key for key in protocol.tuned if any(key in line.tuned for line in lines)]
+    columns = [Column("model"), *(Column(key, _short) for key in (*varying, *tuned))]
+    columns += [Column("parameters", _count), Column("non-embedding", _count), Column("state", _bytes), Column("train FLOPs/token", _count)]
+    columns += [Column("local mixing"), Column("positions"), Column(f"{metric}, seed{'s' * (len(seeds) > 1)} {_listed(seeds)}")]
+    columns += [Column("tokens/s", _count)] * one_device + [Column("status")]
+    body = [
+        (
+            line.first.model,
+            *(line.first.settings.get(key) for key in varying),
+            *(line.tuned.get(key) for key in tuned),
+            *_costs(line.first),
+            summary(line.values, protocol.solved),
+            *([_speed(line)] * one_device),
+            _status(line, best),
+        )
+        for line in lines
+    ]
+    first = lines[0].first
+    title = f"{first.suite}, preset {first.preset}, {first.task}: {metric} on test data ({protocol.unit}; {arrow} is better)"
+    return Table(title, tuple(columns), tuple(body), tuple(_notes(lines, protocol, why, one_device)))
+
+
+def _costs(row: Row) -> tuple[Any, ...]:
+    mixing, positions = row.settings.get("conv", 0), row.settings.get("positions", "none")
+    return (
+        row.parameters,
+        row.non_embedding_parameters,
+        row.state_bytes,
+        row.train_flops_per_token,
+        f"conv {mixing}" if mixing else "none",
+        positions,
+    )
+
+
+def _varying(lines: Sequence[Line], protocol: Protocol) -> list[str]:
+    """Settings that differ between lines: shared ones over the table, a model's own among its lines."""
+    seen: dict[str, set[str]] = defaultdict(set)
+    for line in lines:
+        for key, value in line.first.settings.items():
+            seen[key].add(json.dumps(value))
+    hidden = {*SHOWN_BY_COLUMN, *protocol.tuned}
+    return [key for key, values in seen.items() if len(values) > 1 and key not in hidden]
+
+
+def _speed(line: Line) -> float | None:
+    known = [run.row.tokens_per_s for run in line.runs if run.row.tokens_per_s]
+    return statistics.median(known) if known else None
+
+
+def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_device: bool) -> list[str]:
+    rows = [run.row for line in lines for run in line.runs]
+    first = lines[0].first
+    notes = []
+    floors = next((row.floors for row in rows if row.floors), {})
+    if floors:
+        notes.append("floors: " + "; ".join(f"{name} {value:.3f}" for name, value in floors.items()))
+    budget = ("lr", "batch_size", "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
+    same = {key: {json.dumps(row.settings.get(key)) for row in rows} for key in budget}
+    fixed = [f"{key} {json.loads(next(iter(v)))}" for key, v in same.items() if len(v) == 1]
+    notes.append(f"the same for every line: {', '.join(fixed)}")
+    select = sorted({str(row.settings.get("select")) for row in rows})
+    if any(line.tuned for line in lines):
+        notes.append(f"{', '.join(protocol.tuned)} chosen on {' and '.join(select)} data" + _warn_test(select))
+    elif "test" in select:
+        notes.append("stopped on test data" + _warn_test(select))
+    devices = sorted({f"{row.device_name} ({row.device}, {row.threads} thread{'s' * (row.threads > 1)})" for row in rows})
+    backends = sorted({row.backend for row in rows})
+    commits = sorted({row.commit[:10] + ("+changes" if row.dirty else "") for row in rows})
+    notes.append(
+        f"protocol version {first.protocol_version}, {first.dtype}, backend {', '.join(backends)}, {'; '.join(devices)}, "
+        f"commit {', '.join(commits)}"
+    )
+    if not one_device:
+        notes.append("no speed column: the rows come from several devices")
+    counts = sum(row.truncated + row.skipped for row in rows)
+    return notes + ([f"{counts} truncated or skipped items"] if counts else []) + list(why)
+
+
+def _warn_test(select: Sequence[str]) -> str:
+    return ", as the published protocol did" if "test" in select else ""
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    return ", ".join(map(str, seeds))
+
+
+def _short(value: Any) -> str:
+    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _count(value: float | None) -> str:
+    """`41.2k`: three digits and a factor."""
+    if value is None:
+        return "–"
+    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _bytes(value: float | None) -> str:
+    return "–" if value is None else f"{_count(value)}B"
+
+
+def render(table: Table, form: str) -> str:
+    """A table as `md`, `csv`, `latex` or `html` text; notes follow, except in csv."""
+    from tabulate import tabulate
+
+    names = [column.name for column in table.columns]
+    if form == "csv":
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([names, *table.lines])
+        return text.getvalue()
+    body = [[column.show(value) for column, value in zip(table.columns, line, strict=True)] for line in table.lines]
+    kind = {"md": "github", "latex": "latex_booktabs", "html": "html"}[form]
+    grid = tabulate(body, names, tablefmt=kind, disable_numparse=True)
+    if form == "md":
+        return "\n".join([f"**{table.title}**", "", grid, "", *(f"- {note}" for note in table.notes), ""])
+    open_, close = ("<p>", "</p>") if form == "html" else ("% ", "")
+    return "\n".join([f"{open_}{table.title}{close}", grid, *(f"{open_}{note}{close}" for note in table.notes), ""])

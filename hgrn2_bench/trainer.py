@@ -1,0 +1,212 @@
+"""The one training loop: AdamW, schedules, autocast, clipping, early stop, selection, exact resume.
+
+Everything random in a step is a function of (seed, step): the runner gives batch number `step`, and torch's generators are part of
+the checkpoint. So a run that was killed and continued has the same curve and the same weights as one that was not.
+"""
+
+import io
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hgrn2_bench.cells import CellFolder, replace_file
+from hgrn2_bench.config import TrainConfig
+from hgrn2_bench.interfaces import Mixer
+
+LOG_EVERY = 50
+CHECKPOINT_EVERY_S = 15.0
+
+
+class DivergedError(Exception):
+    """The loss is no longer a finite number."""
+
+
+class InterruptedTrainingError(Exception):
+    """The user stopped the run; a checkpoint was written."""
+
+
+class TrainableTask(Protocol):
+    """What the loop asks of a suite's runner."""
+
+    steps_per_epoch: int
+
+    def loss(self, model: Any, step: int) -> Tensor:
+        """Mean loss of batch number `step`, a pure function of (data, step)."""
+        ...
+
+    def score(self, model: Any, split: str) -> float:
+        """Primary metric on a split."""
+        ...
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it is in the checkpoint."""
+
+    step: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    best: float = -math.inf
+    best_step: int = 0
+    score: float | None = None
+    stopped: bool = False
+    train_s: float = 0.0
+    first_step_s: float = 0.0
+    step_times: list[float] = field(default_factory=list)
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, device: str) -> torch.optim.AdamW:
+    """AdamW with decay on matrices only, or on all parameters where the source does so (`decay_all`).
+
+    A mixer's `no_weight_decay` names stay undecayed unless `decay_all` says otherwise. Fused on a GPU.
+    """
+    exempt = {id(p) for m in model.modules() if isinstance(m, Mixer) for n, p in m.named_parameters() if n in m.no_weight_decay}
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        decays = config.decay_all or (parameter.ndim >= 2 and id(parameter) not in exempt)
+        (decayed if decays else free).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=device == "cuda")
+
+
+def learning_rate(config: TrainConfig, step: int, steps: int, steps_per_epoch: int) -> float:
+    """Learning rate of 0-based `step` of `steps`: linear warm-up, then cosine to 0 per step or per epoch, or constant."""
+    warm = round(config.warmup * steps)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    if config.schedule == "constant":
+        return config.lr
+    by_epoch = config.schedule == "cosine_epoch"
+    share = step // steps_per_epoch / config.epochs if by_epoch else (step - warm) / max(1, steps - warm)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * share))
+
+
+class Trainer:
+    """Trains one model on one task inside one cell folder."""
+
+    def __init__(
+        self, model: nn.Module, task: TrainableTask, config: TrainConfig, folder: CellFolder, device: str, dtype: str
+    ) -> None:
+        self.model, self.task, self.config, self.folder, self.device = model, task, config, folder, device
+        self.autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+        self.steps = config.epochs * task.steps_per_epoch
+        self.eval_every = config.eval_every or task.steps_per_epoch
+        self.optimizer = make_optimizer(model, config, device)
+        self.at = Progress()
+        self.best_weights: dict[str, Tensor] | None = None
+        self.saved_at = time.monotonic()
+
+    def fit(self, report: Callable[[int, int, str], None], stop: Callable[[], bool]) -> Progress:
+        """Train to the end or to the early stop, from the checkpoint where there is one.
+
+        `report(step, steps, text)` hears of progress; where `stop()` turns true the loop checkpoints and raises InterruptedTrainingError.
+        Raises DivergedError at a loss that is not finite.
+        """
+        self._resume()
+        began = time.perf_counter() - self.at.train_s
+        self.model.train()
+        while self.at.step < self.steps and not self.at.stopped:
+            self._step()
+            at = self.at
+            at.train_s = time.perf_counter() - began
+            if at.step % LOG_EVERY == 0 or at.step == self.steps:
+                self._log()
+                report(at.step, self.steps, "" if at.score is None else f"{self.config.select} {at.score:.3f}")
+            if at.step % self.eval_every == 0 or at.step == self.steps:
+                self._evaluate()
+            at.train_s = time.perf_counter() - began
+            if stop():
+                self._save()
+                raise InterruptedTrainingError
+            if time.monotonic() - self.saved_at > CHECKPOINT_EVERY_S:
+                self._save()
+        if self.config.keep == "best" and self.best_weights is not None:
+            self.model.load_state_dict(self.best_weights)
+        return self.at
+
+    def _step(self) -> None:
+        started = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.at.step, self.steps, self.task.steps_per_epoch)
+        with self.autocast:
+            loss = self.task.loss(self.model, self.at.step)
+        loss.backward()
+        if self.config.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        value = loss.item()
+        self.at.step += 1
+        self.at.loss_sum += value
+        self.at.loss_count += 1
+        if not math.isfinite(value):
+            raise DivergedError(f"loss {value} at step {self.at.step} of {self.steps}")
+        took = time.perf_counter() - started
+        if self.at.step == 1:
+            self.at.first_step_s = took
+        else:
+            self.at.step_times = [*self.at.step_times[-999:], took]
+
+    def _log(self) -> None:
+        at = self.at
+        self._append({"step": at.step, "loss": at.loss_sum / at.loss_count, "lr": self.optimizer.param_groups[0]["lr"]})
+        at.loss_sum, at.loss_count = 0.0, 0
+
+    def _evaluate(self) -> None:
+        at, config = self.at, self.config
+        self.model.eval()
+        at.score = self.task.score(self.model, config.select)
+        self.model.train()
+        self._append({"step": at.step, f"{config.select}_score": at.score})
+        if at.score > at.best:
+            at.best, at.best_step = at.score, at.step
+            if config.keep == "best":
+                self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
+        at.stopped = bool(config.stop_at) and at.score > config.stop_at
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with self.folder.curve.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _save(self) -> None:
+        """Write one file with everything that the next step depends on."""
+        buffer = io.BytesIO()
+        content = {
+            "progress": asdict(self.at),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best_weights,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state() if self.device == "cuda" else None,
+            "threads": torch.get_num_threads(),
+            "curve_bytes": self.folder.curve.stat().st_size if self.folder.curve.exists() else 0,
+        }
+        torch.save(content, buffer)
+        replace_file(self.folder.checkpoint, buffer.getvalue())
+        self.folder.set_status("running", step=self.at.step, steps=self.steps)
+        self.saved_at = time.monotonic()
+
+    def _resume(self) -> None:
+        """Continue from the checkpoint, and cut the curve back to where it was then; start from nothing without one."""
+        if not self.folder.checkpoint.exists():
+            self.folder.curve.unlink(missing_ok=True)
+            return
+        content = torch.load(self.folder.checkpoint, map_location=self.device, weights_only=True)
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.at = Progress(**content["progress"])
+        self.best_weights = content["best"]
+        torch.set_rng_state(content["rng"].cpu())
+        if content["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(content["cuda_rng"].cpu())
+        torch.set_num_threads(content["threads"])
+        if self.folder.curve.exists():
+            with self.folder.curve.open("r+b") as file:
+                file.truncate(content["curve_bytes"])

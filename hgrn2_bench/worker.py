@@ -1,0 +1,127 @@
+"""A worker process: imports torch once, describes and runs cells as it is told, and dies with its parent.
+
+The parent sends (`describe`, cell, probe), (`run`, cell, results, force), (`record`, cell, results, status, reason) or (`stop`,);
+the worker answers with the messages that `hgrn2_bench.executor` lists. What cells print goes to standard error, so that a table can
+be piped.
+"""
+
+import contextlib
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+REPORT_EVERY_S = 0.3
+
+
+class _Inbox:
+    """Reads the pipe in a thread: queues orders, notes a stop, and ends the process when the parent is gone."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.orders: queue.Queue[tuple[Any, ...]] = queue.Queue()
+        self.stopping = threading.Event()
+        self.pipe = pipe
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            while True:
+                order = self.pipe.recv()
+                if order[0] == "stop":
+                    self.stopping.set()
+                self.orders.put(order)
+        except (EOFError, OSError):
+            os._exit(1)  # killed parent: the kernel frees the cell's lock, and the next run continues from the checkpoint
+
+
+def main(pipe: Connection, threads: int) -> None:
+    """Serve one parent until it says stop or goes away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which asks for a clean stop
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    inbox = _Inbox(pipe)
+    import torch
+
+    torch.set_num_threads(threads)
+    pipe.send(("ready",))
+    with contextlib.redirect_stdout(sys.stderr):
+        while True:
+            order = inbox.orders.get()
+            if order[0] == "stop":
+                return
+            _obey(order, pipe, inbox.stopping)
+
+
+def _obey(order: tuple[Any, ...], pipe: Connection, stopping: threading.Event) -> None:
+    from hgrn2_bench.plan import Cell
+
+    content = dict(order[1])
+    key = content.pop("key")
+    cell = Cell.from_json(content)
+    if order[0] == "describe":
+        _describe(cell, key, order[2], pipe)
+    elif order[0] == "run":
+        _run(cell, key, order[2], order[3], pipe, stopping)
+    else:
+        _record(cell, key, order[2], order[3], order[4], pipe)
+
+
+def _describe(cell: Any, key: str, probe: bool, pipe: Connection) -> None:
+    from hgrn2_bench import engine
+    from hgrn2_bench.errors import ConfigError
+
+    try:
+        pipe.send(("described", key, engine.describe(cell, probe), ""))
+    except ConfigError as error:
+        pipe.send(("refused", key, f"{cell.model}: {error}" if cell.model not in str(error) else str(error)))
+    except Exception as error:  # a fault of the model's code: its cell will fail and say so
+        pipe.send(("described", key, None, engine.outcome_of(error)[1]))
+
+
+def _run(cell: Any, key: str, results: Path, force: bool, pipe: Connection, stopping: threading.Event) -> None:
+    from hgrn2_bench import engine
+    from hgrn2_bench.cells import CellFolder, LockedError
+    from hgrn2_bench.trainer import InterruptedTrainingError
+
+    sent = 0.0
+
+    def report(step: int, steps: int, text: str) -> None:
+        nonlocal sent
+        if time.monotonic() - sent > REPORT_EVERY_S:
+            pipe.send(("progress", key, step, steps, text))
+            sent = time.monotonic()
+
+    folder = CellFolder(results, cell)
+    try:
+        with folder.lock() as remark:
+            if remark:
+                pipe.send(("note", key, remark))
+            rows = folder.rows()
+            if force or rows is None:
+                if force or folder.status().get("outcome") not in ("running", "interrupted"):
+                    folder.start_over()
+                rows = engine.run_cell(cell, folder, report, stopping.is_set)
+            pipe.send(("done", key, rows))
+    except LockedError:
+        pipe.send(("locked", key))
+    except InterruptedTrainingError:
+        pipe.send(("interrupted", key))
+    except OSError as error:  # a full disk: what was written before stays, and the table still says what happened
+        reason = f"cannot write cell {key}: {error.strerror or error}"
+        pipe.send(("done", key, engine.make_rows(cell, [], "failed", reason, engine.Facts())))
+
+
+def _record(cell: Any, key: str, results: Path, status: str, reason: str, pipe: Connection) -> None:
+    """Write the outcome of a cell whose own worker is gone."""
+    from hgrn2_bench import engine
+    from hgrn2_bench.cells import CellFolder, LockedError
+
+    rows = engine.make_rows(cell, [], status, reason, engine.Facts())
+    folder = CellFolder(results, cell)
+    with contextlib.suppress(OSError, LockedError), folder.lock():
+        folder.finish(rows)
+    pipe.send(("done", key, rows))

@@ -1,0 +1,1 @@
+"""Benchmark suites, one folder each; the folder name is the registry key."""

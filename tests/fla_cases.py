@@ -1,0 +1,207 @@
+"""Random inputs for the fla adapter, and its errors against the reference; as a script, on the CPU through Triton's interpreter.
+
+`TRITON_INTERPRET=1 python fla_cases.py REPORT` writes {case: {tensor: relative error}}, or the traceback of a case that failed. It needs
+a process of its own: Triton reads the variable at import, and a process where it is set can no longer use a GPU.
+"""
+
+import builtins
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hgrn2_bench.ops import families
+from hgrn2_bench.ops import fla as adapter
+from hgrn2_bench.ops.families import DecayInputs, DiagonalInputs, OpInputs, ScalarDecayInputs, State
+
+Case = tuple[OpInputs, State | None]
+
+
+def decay_case(
+    T: int,
+    K: int = 16,
+    V: int | None = None,
+    scalar: bool = False,
+    dtype: torch.dtype = torch.float32,
+    start: bool = True,
+    rate: float = 1.0,
+    drops: tuple[int, ...] = (),
+) -> Case:
+    """Inputs of a matrix state: `scalar` or per-channel log decay times `rate`, -60 at the steps `drops`; `start` gives a state."""
+    B, H, V = 2, 2, K if V is None else V
+    torch.manual_seed(0)
+    q_BTHK, k_BTHK, v_BTHV = torch.randn(B, T, H, K), torch.randn(B, T, H, K), torch.randn(B, T, H, V)
+    log_f = rate * F.logsigmoid(torch.randn((B, T, H) if scalar else (B, T, H, K)))
+    log_f[:, list(drops)] = -60.0
+    state = (torch.randn(B, H, K, V),) if start else None
+    make = ScalarDecayInputs if scalar else DecayInputs
+    return make(q_BTHK.to(dtype), k_BTHK.to(dtype), v_BTHV.to(dtype), log_f, scale=0.7), state
+
+
+def diagonal_case(
+    T: int,
+    D: int = 24,
+    phase: str = "none",
+    dtype: torch.dtype = torch.float32,
+    start: bool = True,
+    rate: float = 1.0,
+    drops: tuple[int, ...] = (),
+) -> Case:
+    """Inputs of a diagonal scan: `phase` is none (real), channel (one angle each) or token (an angle per step and channel)."""
+    B = 2
+    torch.manual_seed(0)
+    number = dtype if phase == "none" else torch.complex64
+    log_a_BTD = rate * F.logsigmoid(torch.randn(B, T, D) + 2)
+    log_a_BTD[:, list(drops)] = -60.0
+    theta = {"none": None, "channel": 6.28 * torch.rand(D), "token": 6.28 * torch.rand(B, T, D)}[phase]
+    state = (torch.randn(B, D, dtype=torch.float32 if phase == "none" else number),) if start else None
+    return DiagonalInputs(torch.randn(B, T, D, dtype=number), log_a_BTD, theta), state
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "per_channel_decay T=17": partial(decay_case, 17),
+    "per_channel_decay T=64": partial(decay_case, 64),
+    "per_channel_decay T=65 from zero": partial(decay_case, 65, start=False),
+    "per_channel_decay T=100 strong decay": partial(decay_case, 100, drops=(0, 9, 64, 99)),
+    "per_channel_decay T=100 long memory": partial(decay_case, 100, rate=1e-3),
+    "per_channel_decay T=100 K=V=8": partial(decay_case, 100, K=8),
+    "per_channel_decay T=65 K=24 V=8": partial(decay_case, 65, K=24, V=8),
+    "scalar_decay T=17": partial(decay_case, 17, scalar=True),
+    "scalar_decay T=64": partial(decay_case, 64, scalar=True),
+    "scalar_decay T=65 from zero": partial(decay_case, 65, scalar=True, start=False),
+    "scalar_decay T=100 strong decay": partial(decay_case, 100, scalar=True, drops=(0, 9, 64, 99)),
+    "scalar_decay T=100 long memory": partial(decay_case, 100, scalar=True, rate=1e-3),
+    "scalar_decay T=100 K=V=8": partial(decay_case, 100, K=8, scalar=True),
+    "scalar_decay T=65 K=24 V=8": partial(decay_case, 65, K=24, V=8, scalar=True),
+    "diagonal_scan T=17": partial(diagonal_case, 17),
+    "diagonal_scan T=65 from zero": partial(diagonal_case, 65, start=False),
+    "diagonal_scan T=100 strong decay": partial(diagonal_case, 100, drops=(0, 9, 99)),
+    "diagonal_scan T=100 long memory": partial(diagonal_case, 100, rate=1e-3),
+    "diagonal_scan T=17 phase per channel": partial(diagonal_case, 17, phase="channel"),
+    "diagonal_scan T=65 phase per channel from zero": partial(diagonal_case, 65, phase="channel", start=False),
+    "diagonal_scan T=100 phase per token": partial(diagonal_case, 100, phase="token"),
+}
+
+
+def errors(inputs: OpInputs, state: State | None, gradients: bool = True) -> dict[str, float]:
+    """||fla - reference|| / ||reference|| of the output, the final state and the gradient of every input; the reference runs in float64."""
+    want = results(to(inputs, wide), None if state is None else (wide(state[0]),), "reference", gradients)
+    got = results(inputs, state, "fla", gradients)
+    for name, tensor in want.items():
+        assert got[name].shape == tensor.shape, f"{name}: shape {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
+    return {name: ((wide(got[name]) - tensor).norm() / tensor.norm()).item() for name, tensor in want.items()}
+
+
+def results(inputs: OpInputs, state: State | None, backend: str, gradients: bool = True) -> dict[str, Tensor]:
+    """Output `o`, final state `final`, and the gradients of a random weighting of both, named as the inputs are; `start` is the state's."""
+    leaves = {f.name: leaf(x) for f in fields(inputs) if isinstance(x := getattr(inputs, f.name), Tensor)}
+    start = {} if state is None else {"start": leaf(state[0])}
+    with torch.set_grad_enabled(gradients):
+        o, (final,) = families.run(replace(inputs, **leaves), backend, tuple(start.values()) or None)
+        loss = weighted(o, seed=1) + weighted(final, seed=2)
+    found = {"o": o.detach(), "final": final.detach()}
+    if gradients:
+        named = leaves | start
+        found |= {f"d{name}": grad for name, grad in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)}
+    return found
+
+
+def weighted(x: Tensor, seed: int) -> Tensor:
+    """The sum of x under fixed random weights, as a real number."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randn(x.shape, generator=generator, dtype=torch.complex128 if x.is_complex() else torch.float64)
+    return (wide(x) * weights.to(x.device)).sum().real
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().requires_grad_()
+
+
+def wide(x: Tensor) -> Tensor:
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)
+
+
+def to(inputs: OpInputs, convert: Callable[[Tensor], Tensor]) -> OpInputs:
+    """The same inputs with every tensor converted."""
+    return replace(inputs, **{f.name: convert(x) for f in fields(inputs) if isinstance(x := getattr(inputs, f.name), Tensor)})
+
+
+def autotuners() -> Iterator[Any]:
+    """Every Triton autotuner in the fla modules loaded so far."""
+    from triton.runtime import KernelInterface
+    from triton.runtime.autotuner import Autotuner
+
+    for name in [name for name in sys.modules if name.startswith("fla.")]:
+        for kernel in list(vars(sys.modules[name]).values()):
+            while isinstance(kernel, KernelInterface) and not isinstance(kernel, Autotuner):
+                kernel = getattr(kernel, "fn", None)
+            if isinstance(kernel, Autotuner):
+                yield kernel
+
+
+class Counter(int):
+    """A loop counter as Triton compiles it: it has `.to`, and its sums and products are counters too."""
+
+    def to(self, dtype: Any) -> "Counter":
+        return self
+
+    def __add__(self, other: Any) -> Any:
+        return counted(super().__add__(other))
+
+    def __sub__(self, other: Any) -> Any:
+        return counted(super().__sub__(other))
+
+    def __mul__(self, other: Any) -> Any:
+        return counted(super().__mul__(other))
+
+
+def counted(value: Any) -> Any:
+    return value if value is NotImplemented else Counter(value)
+
+
+def prepare_interpreter() -> None:
+    """Make fla's kernels run in the interpreter: loop counters with Triton's methods, and no tuning, which needs a GPU to measure on."""
+    for family in adapter._KERNELS:
+        adapter._kernel(family)
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("fla.ops", "fla.modules")):
+            vars(module)["range"] = lambda *bounds: map(Counter, builtins.range(*map(int, bounds)))
+    for tuner in autotuners():
+        tuner.configs = tuner.configs[:1]
+
+
+def hopper_refusal() -> str:
+    """What is raised by the gradient of a scalar decay where Triton miscompiles it; the two flags pretend to be such a machine."""
+    from fla.ops.common import chunk_o
+
+    chunk_o.IS_NVIDIA_HOPPER, chunk_o.TRITON_ABOVE_3_4_0, chunk_o.TRITON_ABOVE_3_7_1 = True, True, False
+    try:
+        results(*decay_case(17, scalar=True), "fla")
+    except RuntimeError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def report() -> dict[str, Any]:
+    """Run every case; one that raises leaves its traceback and lets the others run."""
+    found: dict[str, Any] = {}
+    for name, make in CASES.items():
+        try:
+            found[name] = errors(*make())
+        except Exception:
+            found[name] = traceback.format_exc()
+    return found | {"hopper": hopper_refusal()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    prepare_interpreter()
+    Path(sys.argv[1]).write_text(json.dumps(report()))

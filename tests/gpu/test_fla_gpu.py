@@ -1,0 +1,115 @@
+"""The fla adapter's compiled kernels against the reference on a CUDA device: outputs, final states and every gradient."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of fla_cases, where pytest was given this folder alone
+from fla_cases import Case, autotuners, decay_case, diagonal_case, errors, results, to
+
+from hgrn2_bench.ops import families, fla
+from hgrn2_bench.ops.families import DecayInputs, ScalarDecayInputs
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(find_spec("fla") is None, reason="needs flash-linear-attention"),
+    pytest.mark.filterwarnings("ignore"),  # fla and Triton warn about themselves
+]
+
+FAMILIES: dict[str, Callable[..., Case]] = {
+    "per_channel_decay": decay_case,
+    "scalar_decay": partial(decay_case, scalar=True),
+    "diagonal_scan": diagonal_case,
+}
+TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 2e-2}  # fp32 matrix products run in tf32
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_tuning() -> Iterator[None]:
+    """The first configuration of each kernel, for this file only: these tests check values, and tuning takes minutes."""
+    for family in FAMILIES:
+        fla._kernel(family)
+    tuners = list(autotuners())
+    kept = [tuner.configs for tuner in tuners]
+    for tuner in tuners:
+        tuner.configs = tuner.configs[:1]
+    yield
+    for tuner, configs in zip(tuners, kept, strict=True):
+        tuner.configs = configs
+
+
+def on_gpu(case: Case) -> Case:
+    inputs, state = case
+    return to(inputs, torch.Tensor.cuda), None if state is None else (state[0].cuda(),)
+
+
+def has_gradient(family: str) -> bool:
+    """Whether fla gives the gradient: on Hopper it refuses the scalar decay's with the Triton versions that miscompile it."""
+    triton = tuple(int(part) for part in version("triton").split(".")[:3])
+    refused = torch.cuda.get_device_capability()[0] == 9 and (3, 4) <= triton < (3, 7, 1) and find_spec("tilelang") is None
+    return family != "scalar_decay" or not refused
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("T", [64, 65, 1334])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernel_matches_reference(family: str, T: int, dtype: torch.dtype) -> None:
+    case = FAMILIES[family](T, 32, dtype=dtype)
+    found = errors(*on_gpu(case), gradients=has_gradient(family))
+    assert all(error < TOLERANCES[dtype] for error in found.values()), found
+
+
+@pytest.mark.parametrize("phase", ["channel", "token"])
+def test_complex_scan_matches_reference(phase: str) -> None:
+    found = errors(*on_gpu(diagonal_case(1334, 32, phase=phase)))
+    assert all(error < 1e-4 for error in found.values()), found  # no matrix product, hence no tf32
+
+
+@pytest.mark.parametrize("family", ["per_channel_decay", "scalar_decay"])
+def test_head_dimension_8_is_padded(family: str) -> None:
+    inputs, state = on_gpu(FAMILIES[family](100, 8))
+    found = errors(inputs, state, gradients=has_gradient(family))
+    assert fla.kernel_name(inputs).endswith("(K padded 8 to 16, V padded 8 to 16)")
+    assert all(error < TOLERANCES[torch.float32] for error in found.values()), found
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_strong_decay_in_single_steps(family: str, dtype: torch.dtype) -> None:
+    case = FAMILIES[family](130, 32, dtype=dtype, drops=(0, 1, 40, 63, 64, 100, 129))
+    found = errors(*on_gpu(case), gradients=has_gradient(family))
+    assert all(error < TOLERANCES[dtype] for error in found.values()), found  # a NaN fails too
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_memory(family: str) -> None:
+    """Slow decay: what a chunk hands to the next one is most of the output (fla's chunk_hgrn fails here)."""
+    found = errors(*on_gpu(FAMILIES[family](1334, 32, rate=1e-3)), gradients=has_gradient(family))
+    assert all(error < TOLERANCES[torch.float32] for error in found.values()), found
+
+
+@pytest.mark.parametrize("family", ["per_channel_decay", "scalar_decay"])
+def test_output_has_the_dtype_of_v(family: str) -> None:
+    """Under autocast v comes from a projection, in bf16, while a key made from a gate may be fp32."""
+    inputs, state = on_gpu(FAMILIES[family](65, 32))
+    assert isinstance(inputs, DecayInputs | ScalarDecayInputs)
+    inputs = replace(inputs, v_BTHV=inputs.v_BTHV.bfloat16())
+    o_BTHV, (final_BHKV,) = families.run(inputs, "fla", state)
+    assert (o_BTHV.dtype, final_BHKV.dtype) == (torch.bfloat16, torch.float32)
+    found = errors(inputs, state, gradients=has_gradient(family))
+    assert all(error < TOLERANCES[torch.bfloat16] for error in found.values()), found
+
+
+def test_refused_gradient_raises() -> None:
+    if has_gradient("scalar_decay"):
+        pytest.skip("fla gives the gradient of a scalar decay on this GPU and Triton")
+    with pytest.raises(RuntimeError, match="Triton"):
+        results(*on_gpu(decay_case(65, 32, scalar=True)), "fla")

@@ -1,0 +1,102 @@
+"""The fla adapter against the reference on a machine without a GPU: fla's real kernels in Triton's interpreter, in one child process."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fla_cases import CASES, decay_case, diagonal_case
+
+from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.ops import families, fla
+
+TOLERANCE = 2e-5  # fp32 against fp64; seen: 6e-6
+
+
+def why_not() -> str:
+    if find_spec("triton") is None or find_spec("fla") is None:
+        return "triton and flash-linear-attention are not installed (they exist for Linux only)"
+    return "with a GPU, tests/gpu runs the compiled kernels" if torch.cuda.is_available() else ""
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The child's report; under pytest-xdist the first worker to come runs the child, and the others wait for its file."""
+    if reason := why_not():
+        pytest.skip(reason)
+    import fcntl  # not on Windows, where the skip above comes first
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    path = folder / "fla_report.json"
+    with (folder / "fla_report.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            run_child(path, folder / "triton_cache")
+    return json.loads(path.read_text())
+
+
+def run_child(path: Path, cache: Path) -> None:
+    env = os.environ | {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(cache), "TRITON_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("fla_cases.py")), str(path)]
+    child = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
+    assert child.returncode == 0, child.stderr
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_matches_reference(case: str, report: dict[str, Any]) -> None:
+    found = report[case]
+    assert isinstance(found, dict), found
+    assert {"o", "final"} < set(found)
+    assert ("dstart" in found) == ("from zero" not in case)
+    assert all(error < TOLERANCE for error in found.values()), found
+
+
+def test_refused_gradient_reaches_the_caller(report: dict[str, Any]) -> None:
+    assert "upgrade Triton to >= 3.7.1" in report["hopper"]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "name"),
+    [
+        (decay_case(5)[0], "fla.chunk_gla"),
+        (decay_case(5, K=8, V=16)[0], "fla.chunk_gla (K padded 8 to 16)"),
+        (decay_case(5, K=8, V=4)[0], "fla.chunk_gla (K padded 8 to 16, V padded 4 to 16)"),
+        (decay_case(5, scalar=True)[0], "fla.chunk_simple_gla"),
+        (diagonal_case(5)[0], "fla.fused_recurrent_hgrn"),
+        (diagonal_case(5, phase="token")[0], "fla.fused_recurrent_hgrn (complex channels as pairs of real ones)"),
+        (families.SoftmaxInputs(*torch.zeros(3, 1, 5, 1, 8), scale=1.0), "torch.scaled_dot_product_attention"),
+    ],
+)
+def test_kernel_name(inputs: families.OpInputs, name: str) -> None:
+    assert fla.kernel_name(inputs) == name
+
+
+def test_selective_scan_is_refused_by_name() -> None:
+    inputs = families.SelectiveInputs(*[torch.zeros(1, 5, 4)] * 2, torch.zeros(4, 2), *[torch.zeros(1, 5, 2)] * 2)
+    with pytest.raises(ConfigError, match="backend=fla has no selective_scan; use backend=chunked"):
+        fla.kernel_name(inputs)
+    with pytest.raises(ValueError, match="backend=fla has no selective_scan"):
+        families.run(inputs, "fla")
+
+
+@pytest.mark.parametrize("make", [decay_case, diagonal_case])
+def test_missing_fla_names_the_fix(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "fla"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fla", None)
+    with pytest.raises(ConfigError, match=r"^CUDA runs need fla: pip install flash-linear-attention, or pass backend=chunked$"):
+        families.run(make(5)[0], "fla")
+
+
+def test_phase_is_exact_after_many_steps() -> None:
+    T, theta = 100_000, 3.0
+    turn_TD = fla._turn(torch.tensor([theta]), T)
+    want = [complex(math.cos(theta * t), math.sin(theta * t)) for t in (1, T // 2, T)]
+    assert torch.allclose(turn_TD[[0, T // 2 - 1, T - 1], 0], torch.tensor(want), atol=1e-6, rtol=0)

@@ -1,0 +1,331 @@
+"""One contract for every mixer: HGRN2, and each file of `baselines`, in every variant, without and with short convolutions."""
+
+import importlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import baselines
+from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, MixerState
+
+D, T = 32, 17
+LENGTHS = (1, 17, 65)
+GATES = ("log_f_BTHK", "log_f_BTH", "log_a_BTD", "dt_BTD", "A_DN")
+
+
+def mixers() -> Iterator[tuple[str, type[Mixer]]]:
+    """Registry name and class of every mixer: the one Mixer that its file defines."""
+    files = sorted(Path(baselines.__path__[0]).glob("*.py"))
+    for module_name in ("hgrn2_bench.hgrn2", *(f"baselines.{f.stem}" for f in files if f.stem != "__init__")):
+        module = importlib.import_module(module_name)
+        (found,) = (c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Mixer) and c.__module__ == module_name)
+        yield module_name.rpartition(".")[2], found
+
+
+@dataclass(frozen=True)
+class Case:
+    cls: type[Mixer]
+    settings: dict[str, Any]
+    conv: int
+
+    def build(self, seed: int = 0, **changes: Any) -> Mixer:
+        torch.manual_seed(seed)
+        spec = MixerSpec(d_model=D, layer=1, num_layers=2, conv=self.conv, settings=self.settings)
+        return self.cls(replace(spec, **changes))
+
+    @property
+    def shared(self) -> dict[str, Tensor]:
+        bound = torch.linspace(0.1, 0.6, D)
+        return {"lower_bound": torch.stack([torch.zeros(D), bound])} if self.cls.bounded else {}
+
+    def context(self, **fields: Any) -> Context:
+        return Context(shared=self.shared, **fields)
+
+    @property
+    def is_attention(self) -> bool:
+        return self.cls.family == "softmax"
+
+
+def cases() -> Iterator[Any]:
+    for name, cls in mixers():
+        variants = get_args(vars(cls).get("__annotations__", {}).get("variant")) or (None,)
+        for variant in variants:
+            for conv in (0, 4):
+                settings = {"variant": variant} if variant else {}
+                yield pytest.param(Case(cls, settings, conv), id="-".join(filter(None, [name, variant, f"conv{conv}"])))
+
+
+@pytest.fixture(params=cases())
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def inputs(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, D, generator=torch.Generator().manual_seed(seed))
+
+
+def decode(case: Case, mixer: Mixer, x_BTD: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
+    outputs = []
+    for x_BD in x_BTD.unbind(1):
+        y_BD, state = mixer.step(x_BD, state, case.shared)
+        outputs.append(y_BD)
+    assert state is not None
+    return torch.stack(outputs, 1), state
+
+
+def loss_of(y: Tensor) -> Tensor:
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=y.dtype)
+    return (y * weights).sum()
+
+
+def gradients(mixer: Mixer) -> dict[str, Tensor]:
+    missing = [n for n, p in mixer.named_parameters() if p.grad is None]
+    assert not missing
+    return {n: p.grad for n, p in mixer.named_parameters() if p.grad is not None}
+
+
+def assert_same_state(got: MixerState, want: MixerState, **tolerance: float) -> None:
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], **tolerance)
+
+
+def test_mixers_are_all_found() -> None:
+    assert {"hgrn2", "attention", "gla", "hgrn1", "mamba"} <= {name for name, _ in mixers()}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_output_has_the_shape_and_dtype_of_the_input(case: Case, length: int) -> None:
+    y = case.build()(inputs(2, length), case.context())
+    assert y.shape == (2, length, D)
+    assert y.dtype == torch.float32
+    assert y.isfinite().all()
+    assert y.std() > 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_mixer_converted_to_another_dtype_keeps_it(case: Case, dtype: torch.dtype) -> None:
+    mixer, x = case.build(), inputs(2, T)
+    want = mixer(x, case.context())
+    y = mixer.to(dtype)(x.to(dtype), case.context())
+    assert y.dtype == dtype
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float64 else {"rtol": 0.1, "atol": 0.1 * want.std().item()}
+    torch.testing.assert_close(y.float(), want, **tolerance)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_every_parameter_gets_a_finite_gradient(case: Case, length: int) -> None:
+    mixer = case.build(forget_bias=1.0)
+    x = inputs(2, length).requires_grad_()
+    loss_of(mixer(x, case.context())).backward()
+    for name, grad in {**gradients(mixer), "x": x.grad}.items():
+        assert grad is not None
+        assert grad.isfinite().all(), name
+        assert length == 1 or grad.abs().max() > 0, name
+
+
+def test_the_learned_lower_bound_gets_a_gradient(case: Case) -> None:
+    if not case.cls.bounded:
+        pytest.skip("takes no lower bound")
+    bound = case.shared["lower_bound"].requires_grad_()
+    for layer in (0, 1):
+        loss_of(case.build(layer=layer)(inputs(2, T), Context(shared={"lower_bound": bound}))).backward()
+    assert bound.grad is not None
+    assert bound.grad.isfinite().all()
+    assert (bound.grad.abs().amax(1) > 0).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_a_changed_token_leaves_earlier_outputs_untouched(case: Case, backend: str) -> None:
+    mixer, x, changed = case.build(backend=backend), inputs(2, 65), 40
+    other = x.clone()
+    other[:, changed] += 3
+    before, after = mixer(x, case.context()), mixer(other, case.context())
+    torch.testing.assert_close(after[:, :changed], before[:, :changed], rtol=0, atol=1e-6)
+    assert ((after - before)[:, changed:].abs().amax(-1) > 1e-5).all(), "a change must be seen from its token on"
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 9])
+def test_prefill_and_steps_equal_one_forward(case: Case, prompt: int) -> None:
+    mixer, x = case.build(positions="rope"), inputs(2, T)
+    whole = case.context(return_state=True)
+    want = mixer(x, whole)
+    prefill = case.context(return_state=True)
+    start = mixer(x[:, :prompt], prefill) if prompt else x[:, :0]
+    rest, state = decode(case, mixer, x[:, prompt:], prefill.next_state if prompt else None)
+    torch.testing.assert_close(torch.cat([start, rest], 1), want, rtol=1e-4, atol=1e-5)
+    assert_same_state(state, whole.next_state, rtol=1e-4, atol=1e-5)
+
+
+def test_two_chunks_equal_one_forward(case: Case) -> None:
+    mixer, x = case.build(positions="rope"), inputs(2, 65)
+    first = case.context(return_state=True)
+    start = mixer(x[:, :33], first)
+    rest = mixer(x[:, 33:], case.context(state=first.next_state))
+    torch.testing.assert_close(torch.cat([start, rest], 1), mixer(x, case.context()), rtol=1e-4, atol=1e-5)
+
+
+def test_right_padding_changes_neither_outputs_nor_state(case: Case) -> None:
+    mixer, lengths = case.build(positions="rope"), [T, 9, 2, 1]
+    x = inputs(len(lengths), T)
+    padded = case.context(lengths_B=torch.tensor(lengths), return_state=True)
+    y = mixer(x, padded)
+    for row, length in enumerate(lengths):
+        alone = case.context(return_state=True)
+        want = mixer(x[row : row + 1, :length], alone)
+        torch.testing.assert_close(y[row : row + 1, :length], want, rtol=1e-4, atol=1e-5)
+        if case.is_attention:  # its cache keeps the padding: decoding after padded prefill is refused by the op
+            del alone.next_state["op"]
+        state = {name: tuple(t[row : row + 1] for t in padded.next_state[name]) for name in alone.next_state}
+        assert_same_state(state, alone.next_state, rtol=1e-4, atol=1e-5)
+
+
+def test_one_row_equals_the_same_row_of_a_batch(case: Case) -> None:
+    mixer, x = case.build(), inputs(3, T)
+    batch = mixer(x, case.context())
+    for row in range(3):
+        torch.testing.assert_close(mixer(x[row : row + 1], case.context())[0], batch[row], rtol=1e-4, atol=1e-5)
+
+
+def test_same_seed_same_output(case: Case) -> None:
+    x = inputs(2, T)
+    a, b, other = (case.build(seed)(x, case.context()) for seed in (0, 0, 1))
+    assert torch.equal(a, b)
+    assert not torch.allclose(a, other, atol=1e-3)
+
+
+@pytest.mark.parametrize("length", [1, 5, T])
+@pytest.mark.parametrize("itemsize", [4, 2])
+def test_state_size_is_what_decoding_holds(case: Case, length: int, itemsize: int) -> None:
+    mixer = case.build()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=itemsize == 2):
+        _, state = decode(case, mixer, inputs(1, length))
+    held = sum(t.numel() * t.element_size() for tensors in state.values() for t in tensors)
+    assert mixer.state_size(length, itemsize) == held
+
+
+def test_chunked_equals_reference(case: Case) -> None:
+    results = []
+    for backend in ("reference", "chunked"):
+        mixer, x, ctx = case.build(backend=backend), inputs(2, 65).requires_grad_(), case.context(return_state=True)
+        y = mixer(x, ctx)
+        loss_of(y).backward()
+        results.append(({"y": y, "x": x.grad, **gradients(mixer)}, ctx.next_state))
+    (want, want_state), (got, got_state) = results
+    for name, tensor in want.items():
+        scale = tensor.abs().max().item()
+        torch.testing.assert_close(got[name], tensor, rtol=1e-3, atol=1e-4 * scale, msg=lambda m, name=name: f"{name}: {m}")
+    assert_same_state(got_state, want_state, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_extreme_inputs_stay_finite(case: Case, backend: str) -> None:
+    mixer, x = case.build(backend=backend), (100 * inputs(2, 65)).requires_grad_()
+    y = mixer(x, case.context())
+    loss_of(y).backward()
+    assert y.isfinite().all()
+    for name, grad in {**gradients(mixer), "x": x.grad}.items():
+        assert grad is not None
+        assert grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_autocast_keeps_gates_and_states_in_float32(case: Case, backend: str) -> None:
+    mixer, x, ctx = case.build(backend=backend), inputs(2, T), case.context(return_state=True)
+    want = mixer(x, case.context())
+    with torch.autocast("cpu", torch.bfloat16):
+        gates = mixer.project(x, case.context())
+        y = mixer(x, ctx)
+    loss_of(y).backward()
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), want, rtol=0.1, atol=0.1 * want.std().item())
+    assert all(g.isfinite().all() for g in gradients(mixer).values())
+    found = {f.name: getattr(gates, f.name).dtype for f in fields(gates) if f.name in GATES}  # type: ignore[arg-type]
+    assert set(found.values()) == (set() if case.is_attention else {torch.float32}), found
+    states = {t.dtype for t in ctx.next_state["op"]}
+    assert states <= ({torch.bfloat16} if case.is_attention else {torch.float32, torch.complex64})
+
+
+def test_op_flops_grow_with_length_only_for_attention(case: Case) -> None:
+    short, long = case.build().op_flops(10), case.build().op_flops(1000)
+    assert 0 < short <= long
+    assert (short < long) == case.is_attention
+
+
+def test_effective_is_json_and_says_what_was_built(case: Case) -> None:
+    mixer = case.build()
+    effective = mixer.effective()
+    assert json.loads(json.dumps(effective)) == effective
+    streams = [n for n, m in mixer.named_modules() if n.startswith("conv_") and "." not in n]
+    assert sorted(effective["conv"]) == sorted(streams)
+    assert bool(streams) == bool(case.conv)
+    if "head_k" in effective:
+        op = mixer.project(inputs(1, 3), case.context())
+        assert op.k_BTHK.shape[2:] == (effective["heads"], effective["head_k"])  # type: ignore[attr-defined]
+        assert op.scale == effective["scale"]  # type: ignore[attr-defined]
+
+
+def test_class_facts_agree_with_the_code(case: Case) -> None:
+    mixer = case.build()
+    assert mixer.project(inputs(1, 3), case.context()).family == case.cls.family
+    assert set(case.cls.no_weight_decay) <= set(dict(mixer.named_parameters()))
+    assert (case.cls.__doc__ or "").strip()
+
+
+def decay(case: Case, mixer: Mixer) -> Tensor:
+    op: Any = mixer.project(inputs(4, T), Context())
+    found = {f.name: getattr(op, f.name) for f in fields(op) if f.name in GATES}
+    return (found["dt_BTD"][..., None] * found["A_DN"] if "dt_BTD" in found else next(iter(found.values()))).exp()
+
+
+def test_forget_bias_raises_the_decay_and_survives_zeroed_biases(case: Case) -> None:
+    if not case.cls.gated:
+        assert gradients_equal(case.build(), case.build(forget_bias=2.0))
+        return
+    medians = [decay(case, case.build(forget_bias=b)).median().item() for b in (-2.0, 0.0, 2.0)]
+    assert medians == sorted(set(medians))
+    mixer = case.build(forget_bias=2.0)
+    for module in mixer.modules():
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    mixer.init_forget_bias()
+    plain = case.build()
+    for module in plain.modules():
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    assert decay(case, mixer).median() > decay(case, plain).median() + 1e-3
+
+
+def gradients_equal(a: Mixer, b: Mixer) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(("setting", "bad"), [("num_heads", 5), ("num_heads", 0), ("expand_ratio", 7), ("expand_ratio", 64)])
+def test_heads_that_do_not_fit_are_refused_with_formula_and_legal_values(case: Case, setting: str, bad: int) -> None:
+    if setting not in case.cls.setting_names():
+        pytest.skip(f"has no {setting}")
+    with pytest.raises(ConfigError, match=rf"must be a multiple of {setting}={bad} \(.* = .* / {setting}\); nearest legal {setting}: \d+"):
+        case.build(settings={**case.settings, setting: bad})
+
+
+def test_unknown_settings_are_refused(case: Case) -> None:
+    with pytest.raises(ConfigError, match="has no setting 'expandratio'"):
+        case.build(settings={"expandratio": 2})
+    if "variant" in case.cls.setting_names():
+        with pytest.raises(ConfigError, match=r"Unknown variant 'papr'. Did you mean 'paper'\?"):
+            case.build(settings={"variant": "papr"})

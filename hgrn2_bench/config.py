@@ -5,6 +5,7 @@ Words follow Hydra's override grammar (`OverridesParser`): a comma is a sweep, `
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,8 +125,11 @@ def parse_words(words: Iterable[str]) -> list[Word]:
         try:
             override = parser.parse_override(text)
         except HydraException as error:
-            raise ConfigError(f"cannot read {text!r}: {str(error).splitlines()[0]} (expected key=value)") from None
+            fault = str(error).splitlines()[0].partition(" expecting ")[0]  # a list of the grammar's tokens follows
+            raise ConfigError(f"cannot read {text!r}: {fault} (expected key=value)") from None
         owner, _, key = override.key_or_group.rpartition(".")
+        if not key:
+            raise ConfigError(f"cannot read {text!r}: it names no key (expected key=value)")
         plain = not (override.is_delete() or override.is_add() or override.is_force_add() or override.package)
         parsed.append(Word(text, owner, key, _values(override, text) if plain else (), plain))
     return parsed
@@ -138,12 +142,19 @@ def _values(override: Any, text: str) -> tuple[Any, ...]:
     raw = override.value()
     if isinstance(raw, IntervalSweep | Glob):
         raise ConfigError(f"{text!r}: list the values (a,b,c) or use range(...); intervals and globs cannot be planned")
-    items = list(override.sweep_iterator()) if override.is_sweep_override() else [raw]
+    try:
+        items = list(override.sweep_iterator()) if override.is_sweep_override() else [raw]
+    except ValueError as error:  # range(0,1,0)
+        raise ConfigError(f"cannot read {text!r}: {error}") from None
+    if not items:
+        raise ConfigError(f"{text!r}: the sweep is empty")
     values = [item.text if isinstance(item, QuotedString) else item for item in items]
     for value in values:
         if isinstance(value, list | dict):
             raise ConfigError(f"{text!r}: a sweep is written without brackets, {override.key_or_group}=a,b")
-    return tuple(v.replace("\\:", ":") if isinstance(v, str) else v for v in values)
+        if isinstance(value, str) and "${" in value:
+            raise ConfigError(f"{text!r}: ${{...}} means nothing here; write the value")
+    return tuple(values)
 
 
 def convert(schema: type, key: str, value: Any, shown: str) -> Any:
@@ -156,12 +167,14 @@ def convert(schema: type, key: str, value: Any, shown: str) -> Any:
     config = OmegaConf.structured(single)
     try:
         OmegaConf.update(config, key, value)
-    except OmegaConfBaseException:
-        raise ConfigError(f"{shown}={value}: expected {type_name(spec.type)}") from None
-    result = config[key]
+        result = config[key]
+    except (OmegaConfBaseException, OverflowError):
+        raise ConfigError(f"{shown}={'null' if value is None else value}: expected {type_name(spec.type)}") from None
+    if isinstance(result, float) and not math.isfinite(result):
+        raise ConfigError(f"{shown}={value}: expected a finite number")
     choices = spec.metadata.get("choices")
-    if choices and result not in choices:
-        raise unknown(f"{shown}", str(result), choices)
+    if choices and result is not None and result not in choices:
+        raise unknown(shown, str(result), choices)
     return result
 
 

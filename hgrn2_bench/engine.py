@@ -202,8 +202,9 @@ def _shared_fields(cell: Cell, facts: Facts) -> dict[str, Any]:
     shape = runner_class(cell).shape(cell)
     tokens_per_step = shape.tokens_per_epoch / shape.steps_per_epoch
     commit, dirty = provenance.commit()
-    same = ("suite", "protocol_version", "preset", "task", "model", "seed", "device", "processes", "backend", "dtype", "command")
+    same = ("suite", "protocol_version", "preset", "task", "model", "mixer_version", "seed", "device", "processes", "backend", "dtype")
     return {name: getattr(cell, name) for name in same} | {
+        "command": cell.command,
         "settings": cell.fields(),
         "effective": dict(description.effective) if description else {},
         "parameters": description.parameters if description else None,

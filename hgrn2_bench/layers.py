@@ -57,7 +57,7 @@ def conv_names(mixer: nn.Module) -> list[str]:
 
 
 def forget_gate(logit_BTD: Tensor, bound_D: Tensor | None) -> tuple[Tensor, Tensor]:
-    """f = lb + (1 - lb) sigmoid(logit) as (log f, 1 - f), in float32 or wider; lb is `bound_D`, 0 without one.
+    """The gate f = lb + (1 - lb) sigmoid(logit) as (log f, 1 - f), in float32 or wider; lb is `bound_D`, 0 without one.
 
     Neither result is a difference of near-equal numbers, whether f is near 0 or near 1:
     log f = log sigmoid(logit) + log(1 + lb exp(-logit)), 1 - f = (1 - lb) sigmoid(-logit).

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import itertools
 import json
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from hgrn2_bench.errors import ConfigError, unknown
 from hgrn2_bench.protocol import Preset, Protocol
 
 BACKENDS = ("reference", "chunked", "fla")
+NO_SIGNS = "write plain {}=value; Hydra's signs +, ~ and @ mean nothing here"
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,12 @@ class _Axes:
                 self.own.pop(word.key, None)
         for word in words:
             if word.owner == model.name:
-                self.own[word.key] = word.values
+                self.own[axis_name(word, model)] = word.values
+
+
+def axis_name(word: Word, model: registry.Model) -> str:
+    """The name of a word's axis for one model: `model.key` for a setting of the mixer's own, which may share its name with a plain key."""
+    return word.name if word.owner and word.key in {f.name for f in dataclasses.fields(model.settings)} else word.key
 
 
 def make_plan(words: Sequence[str], device: str) -> Plan:
@@ -126,6 +133,7 @@ def make_plan(words: Sequence[str], device: str) -> Plan:
     refs = given["model"].values if "model" in given else next(w.values for w in preset_words if w.key == "model")
     chosen = [registry.model(str(ref)) for ref in refs]
     _check_names(parsed, protocol, chosen)
+    _check_models(chosen)
     cells: dict[str, Cell] = {}
     notes: dict[str, None] = {}
     for task, (ref, model) in itertools.product(names, zip(refs, chosen, strict=True)):
@@ -143,6 +151,8 @@ def _protocol_and_preset(parsed: Sequence[Word]) -> tuple[Protocol, str, Preset]
     single: dict[str, str] = {}
     for word in parsed:
         if not word.owner and word.key in ("suite", "preset"):
+            if not word.plain:
+                raise ConfigError(f"{word.text!r}: {NO_SIGNS.format(word.name)}")
             if len(word.values) != 1:
                 raise ConfigError(f"{word.text!r}: one {word.key} at a time")
             single[word.key] = str(word.values[0])
@@ -178,7 +188,14 @@ def _check_names(parsed: Sequence[Word], protocol: Protocol, chosen: Sequence[re
         if not word.owner and word.key not in (*PLAN_KEYS, *plain):
             raise unknown("key", word.key, known)
         if not word.plain:
-            raise ConfigError(f"{word.text!r}: write plain {word.name}=value; Hydra's signs +, ~ and @ mean nothing here")
+            raise ConfigError(f"{word.text!r}: {NO_SIGNS.format(word.name)}")
+
+
+def _check_models(chosen: Sequence[registry.Model]) -> None:
+    """Refuse two different files whose class, and so whose rows, have one name."""
+    for one, other in itertools.combinations(chosen, 2):
+        if one.name == other.name and one.version != other.version:
+            raise ConfigError(f"two models are called {one.name!r}: {one.module} and {other.module}; rename one class")
 
 
 class _CellMaker:
@@ -198,16 +215,17 @@ class _CellMaker:
         self._drop_without_effect(axes)
         return [self._cell(dict(zip(axes, combination, strict=True)), axes) for combination in itertools.product(*axes.values())]
 
-    def _converted(self, key: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
-        own = key in {f.name for f in dataclasses.fields(self.model.settings)}
-        found = schema_of(sections(self.protocol), key)
-        schema = self.model.settings if own or found is None else found[1]
-        return tuple(convert(schema, key, value, f"{self.model.name}.{key}" if own else key) for value in values)
+    def _converted(self, name: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        found = schema_of(sections(self.protocol), name)
+        schema = found[1] if found else self.model.settings
+        return tuple(convert(schema, name.rpartition(".")[2], value, name) for value in values)
 
     def _drop_without_effect(self, axes: dict[str, tuple[Any, ...]]) -> None:
         """Take out shared keys that this mixer cannot use; a sweep over them would otherwise repeat equal cells."""
-        for key, fact in (("forget_bias", "gated"), ("lower_bound", "bounded")):
-            if key in axes and not self.model.facts.get(fact, False):
+        facts = {"conv": self.model.is_mixer}  # a plain module is not told of it
+        facts |= {"forget_bias": self.model.facts.get("gated", False), "lower_bound": self.model.facts.get("bounded", False)}
+        for key, applies in facts.items():
+            if key in axes and not applies:
                 del axes[key]
                 if any(w.key == key for w in self.user):
                     self.notes.append(f"{key} has no effect on {self.model.name}: left out")
@@ -215,7 +233,9 @@ class _CellMaker:
     def _cell(self, values: dict[str, Any], axes: Mapping[str, tuple[Any, ...]]) -> Cell:
         schemas = sections(self.protocol)
         built = {section: schema(**_own(schema, values)) for section, schema in schemas.items()}
-        settings = dataclasses.asdict(self.model.settings(**_own(self.model.settings, values)))
+        prefix = f"{self.model.name}."
+        own = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+        settings = dataclasses.asdict(self.model.settings(**own))
         cell: CellConfig = built.pop("cell")
         task = self.protocol.name_task(built["data"])
         return Cell(
@@ -237,16 +257,22 @@ class _CellMaker:
 
     def _command(self, values: Mapping[str, Any], axes: Mapping[str, tuple[Any, ...]], seed: int) -> str:
         """The words that give exactly this cell: the user's own and every swept value."""
-        typed = {w.key: w.name for w in self.user}
-        swept = {k: k for k, v in axes.items() if len(v) > 1}
-        own = {f.name for f in dataclasses.fields(self.model.settings)}
+        typed = [axis_name(word, self.model) for word in self.user]
+        swept = [name for name, tried in axes.items() if len(tried) > 1]
         words = [f"suite={self.protocol.name}", f"preset={self.preset}"]
-        words += [f"task={self.task}", f"model={self.ref}", f"seed={seed}"]
-        for key in {**swept, **typed}:
-            if key in values and key != "seed":
-                name = f"{self.model.name}.{key}" if key in own else key
-                words.append(f"{name}={'null' if values[key] is None else values[key]}")
+        words += [f"task={self.task}", f"model={_written(self.ref)}", f"seed={seed}"]
+        words += [f"{name}={_written(values[name])}" for name in dict.fromkeys([*swept, *typed]) if name in values and name != "seed"]
         return shlex.join(["python", "-m", "hgrn2_bench", "run", *words, "--device", self.device])
+
+
+def _written(value: Any) -> str:
+    """A value as one word of the grammar: null, a number or a name as it is, any other text in quotes."""
+    if not isinstance(value, str):
+        return "null" if value is None else str(value)
+    if re.fullmatch(r"[A-Za-z_./][\w./:-]*", value) and value.lower() not in ("null", "true", "false", "inf", "nan"):
+        return value
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), value)  # Hydra's rule for quotes
+    return f"'{escaped}'"
 
 
 def _own(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:

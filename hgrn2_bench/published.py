@@ -24,6 +24,8 @@ def published(suite: str) -> list[dict[str, str]]:
 
 def verdict(line: dict[str, str], rows: Sequence[Row], protocol: Protocol) -> tuple[str, str]:
     """Our values and how they stand to one published value: within, above or below their range, or not comparable because ..."""
+    if not line["value"]:
+        return "–", f"not comparable because no value was published: {line['note'] or 'left blank'}"
     reproducing = [name for name, preset in protocol.presets.items() if line["table"] in preset.reproduces]
     if not reproducing:
         return "–", f"not comparable because no preset repeats the protocol of {line['table']}"
@@ -36,16 +38,22 @@ def verdict(line: dict[str, str], rows: Sequence[Row], protocol: Protocol) -> tu
     known = [r for r in depth if r.status == "ok" and r.value is not None]
     if not known:
         return "–", f"not comparable because our run {depth[0].status}: {depth[0].reason}"
-    best = max({r.settings["lr"] for r in known}, key=lambda lr: max(_value(r) for r in known if r.settings["lr"] == lr))
-    values = sorted(_value(r) for r in known if r.settings["lr"] == best)
+    if line["unit"] != known[0].unit:
+        return "–", f"not comparable because ours is in {known[0].unit} and the published one in {line['unit'] or 'no stated unit'}"
+    pick = max if protocol.higher_is_better else min
+    rates = sorted({float(r.settings["lr"]) for r in known})
+    best = pick(rates, key=lambda lr: pick(_values(known, lr)))
+    values = _values(known, best)
     target, slack = float(line["value"]), _tolerance(line["note"])
     where = "below" if values[-1] + slack < target else "above" if values[0] - slack > target else "within"
-    shown = ", ".join(f"{v:.3f}" for v in values)
-    return shown, f"{where} (range of {len(values)} seed{'s' * (len(values) > 1)} at lr {best:g}, reading error {slack:g})"
+    lost = sum(r.settings["lr"] == best for r in depth) - len(values)
+    words = [f"range of {len(values)} seed{'s' * (len(values) > 1)} at lr {best:g}", *([f"{lost} more failed"] if lost else [])]
+    return ", ".join(f"{v:.3f}" for v in values), f"{where} ({', '.join(words)}, reading error {slack:g})"
 
 
-def _value(row: Row) -> float:
-    return float(row.value or 0.0)
+def _values(rows: Sequence[Row], lr: float) -> list[float]:
+    """Values at one learning rate, ascending."""
+    return sorted(r.value for r in rows if r.settings["lr"] == lr and r.value is not None)
 
 
 def _same(line: dict[str, str], row: Row) -> bool:

@@ -6,6 +6,7 @@ through the entry-point groups `hgrn2_bench.baselines` (value `package.module`) 
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from hgrn2_bench.interfaces import Mixer
 
 ROOT = Path(__file__).parent.parent
+FACTS = ("version", "gated", "bounded", "family", "backends")
 _TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
 
 
@@ -42,7 +44,7 @@ class Model:
     settings: type
     """Frozen dataclass of its own settings."""
     facts: dict[str, Any]
-    """Literal ClassVars: version, gated, bounded, backends."""
+    """Its literal ClassVars among FACTS."""
     is_mixer: bool = True
     """False for a plain nn.Module, which is wrapped."""
 
@@ -60,7 +62,8 @@ def check_packages() -> None:
         spec = importlib.util.find_spec(package)
         origin = spec.origin if spec else None
         if origin is None or Path(origin).resolve().parent.parent != ROOT.resolve():
-            raise ConfigError(f"package {package!r} is {origin or 'missing'}, not the one beside {Path(__file__).parent}: uninstall the intruder")
+            where = Path(__file__).parent
+            raise ConfigError(f"package {package!r} is {origin or 'missing'}, not the one beside {where}: uninstall the intruder")
 
 
 @functools.cache
@@ -79,7 +82,10 @@ def _model_files() -> Iterator[tuple[str, str, Path]]:
     for path in sorted((ROOT / "baselines").glob("[!_]*.py")):
         yield path.stem, f"baselines.{path.stem}", path
     for point in entry_points(group="hgrn2_bench.baselines"):
-        spec = importlib.util.find_spec(point.value)
+        try:
+            spec = importlib.util.find_spec(point.value)
+        except ImportError:  # its package is missing too
+            spec = None
         if spec is None or spec.origin is None:
             raise ConfigError(f"entry point {point.name!r}: module {point.value!r} is missing")
         yield point.name, point.value, Path(spec.origin)
@@ -106,9 +112,13 @@ def protocol(name: str) -> Protocol:
     """A suite's protocol; imports no torch. ConfigError with the nearest name for an unknown suite."""
     if name not in suites():
         raise unknown("suite", name, suites())
-    found = importlib.import_module(f"{suites()[name]}.protocol").PROTOCOL
-    if not isinstance(found, Protocol):
-        raise ConfigError(f"{suites()[name]}.protocol: PROTOCOL must be a hgrn2_bench.protocol.Protocol")
+    module = f"{suites()[name]}.protocol"
+    try:
+        found = getattr(importlib.import_module(module), "PROTOCOL", None)
+    except ImportError as error:
+        raise ConfigError(f"suite {name!r}: cannot import {module}: {error}") from None
+    if not isinstance(found, Protocol) or found.name != name:
+        raise ConfigError(f"{module}: PROTOCOL must be a hgrn2_bench.protocol.Protocol named {name!r}")
     return found
 
 
@@ -143,6 +153,8 @@ def read_model(path: Path, name: str, module: str, class_name: str | None = None
     mixers = [c for c in classes if any(ast.unparse(b).split(".")[-1] == "Mixer" for b in c.bases)]
     if class_name is not None:
         chosen = [c for c in classes if c.name == class_name]
+        if not classes:
+            raise ConfigError(f"model={module}:{class_name}: {path} defines no class")
         if not chosen:
             raise unknown(f"class in {path}:", class_name, [c.name for c in classes])
     else:
@@ -168,14 +180,21 @@ def _field(name: str, annotation: ast.expr, default: ast.expr, where: str) -> tu
         value = ast.literal_eval(default)
     except ValueError:
         raise ConfigError(f"{where}: the default of {name!r} must be a literal") from None
-    if text.startswith(("Literal[", "typing.Literal[")):
-        choices = ast.literal_eval(text[text.index("[") + 1 : -1] + ",")
-        return name, str, dataclasses.field(default=value, metadata={"choices": choices})
-    optional = text.endswith("| None")
-    kind = _TYPES.get(text.removesuffix("| None").strip())
+    plain = text.removesuffix("| None").strip()
+    choices: tuple[Any, ...] = ()
+    if plain.startswith(("Literal[", "typing.Literal[")):
+        with contextlib.suppress(ValueError):  # a name among them: refused below
+            choices = ast.literal_eval(plain[plain.index("[") + 1 : -1] + ",")
+    kind = str if choices and all(isinstance(c, str) for c in choices) else _TYPES.get(plain)
     if kind is None:
-        raise ConfigError(f"{where}: setting {name!r} must be int, float, bool, str, Literal[...] or one of them | None, not {text}")
-    return name, (kind | None if optional else kind), dataclasses.field(default=value)
+        raise ConfigError(f"{where}: setting {name!r} must be int, float, bool, str, Literal of words or one of them | None, not {text}")
+    optional = plain != text
+    if kind is float and type(value) is int:
+        value = float(value)  # so that a default and the same value typed give one cell
+    legal = value in choices if choices else type(value) is kind
+    if not legal and not (optional and value is None):
+        raise ConfigError(f"{where}: the default of {name!r} is {value!r}, not {text}")
+    return name, (kind | None if optional else kind), dataclasses.field(default=value, metadata={"choices": choices})
 
 
 def _class_settings(node: ast.ClassDef) -> Iterator[tuple[str, Any, Any]]:
@@ -191,7 +210,7 @@ def _init_settings(node: ast.ClassDef) -> Iterator[tuple[str, Any, Any]]:
     """Settings of a plain module: annotated `__init__` parameters with a default, after `d_model`."""
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            args = item.args.args[-len(item.args.defaults) :] if item.args.defaults else []
+            args = [*item.args.posonlyargs, *item.args.args][-len(item.args.defaults) :] if item.args.defaults else []
             pairs = [*zip(args, item.args.defaults, strict=True), *zip(item.args.kwonlyargs, item.args.kw_defaults, strict=True)]
             for arg, default in pairs:
                 if arg.annotation is not None and default is not None and arg.arg != "d_model":
@@ -199,13 +218,16 @@ def _init_settings(node: ast.ClassDef) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _facts(node: ast.ClassDef) -> dict[str, Any]:
-    """Literal values of the class variables."""
+    """Literal values of the class variables that planning needs; ConfigError for one that is not literal."""
     facts = {}
     for item in node.body:
         target = item.target if isinstance(item, ast.AnnAssign) else item.targets[0] if isinstance(item, ast.Assign) else None
         value = getattr(item, "value", None)
-        if isinstance(target, ast.Name) and isinstance(value, ast.Constant | ast.Tuple):
-            facts[target.id] = ast.literal_eval(value)
+        if isinstance(target, ast.Name) and target.id in FACTS and value is not None:
+            try:
+                facts[target.id] = ast.literal_eval(value)
+            except ValueError:
+                raise ConfigError(f"{node.name}: {target.id!r} must be a literal, because it is read from the source text") from None
     return facts
 
 
@@ -216,9 +238,11 @@ def load(ref: str) -> "type[Mixer]":
     found = model(ref)
     module = _import_file(Path(found.module)) if found.module.endswith(".py") else importlib.import_module(found.module)
     cls = getattr(module, found.class_name)
-    if isinstance(cls, type) and issubclass(cls, interfaces.Mixer):
-        return cls
-    return interfaces.recomputing(cls)
+    if not (isinstance(cls, type) and issubclass(cls, interfaces.Mixer)):
+        return interfaces.recomputing(cls)
+    if not found.is_mixer:
+        raise ConfigError(f"model={ref}: {found.class_name} must name Mixer itself as its base, so that its settings can be read")
+    return cls
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -231,5 +255,9 @@ def _import_file(path: Path) -> ModuleType:
         raise ConfigError(f"cannot import {path}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]  # or the next cell would find half a module
+        raise
     return module

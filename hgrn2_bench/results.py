@@ -71,6 +71,8 @@ class Row:
     """The cell's key."""
     time: str
     """UTC, when the cell ended."""
+    mixer_version: str = ""
+    """The model's own version, or the hash of a user's file: other code under the same name."""
     schema_version: int = SCHEMA_VERSION
 
     VOLATILE = ("wall_s", "compile_s", "step_s", "tokens_per_s", "peak_bytes", "device_name", "time")
@@ -87,13 +89,16 @@ _REQUIRED = tuple(f.name for f in dataclasses.fields(Row) if f.default is datacl
 def parse_row(line: str) -> Row:
     """The row of one JSON line. ValueError saying what is wrong: not JSON, missing fields, a newer schema, an unknown outcome."""
     try:
-        content = json.loads(line)
+        content = json.loads(line, parse_constant=_refuse)
     except json.JSONDecodeError:
         raise ValueError("not a complete JSON line (truncated?)") from None
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
-    if content.get("schema_version", 0) > SCHEMA_VERSION:
-        raise ValueError(f"schema version {content['schema_version']} is newer than this program's {SCHEMA_VERSION}: update hgrn2_bench")
+    version = content.get("schema_version", 0)
+    if not isinstance(version, int):
+        raise ValueError(f"not a result row: schema version {version!r}")
+    if version > SCHEMA_VERSION:
+        raise ValueError(f"schema version {version} is newer than this program's {SCHEMA_VERSION}: update hgrn2_bench")
     missing = [name for name in _REQUIRED if name not in content]
     if missing:
         raise ValueError(f"not a result row: no field {', '.join(missing[:3])}")
@@ -101,6 +106,10 @@ def parse_row(line: str) -> Row:
         raise ValueError(f"unknown status {content['status']!r}")
     known = {f.name for f in dataclasses.fields(Row)}
     return Row(**{k: v for k, v in content.items() if k in known})
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
@@ -120,8 +129,12 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
 
 
 def find_rows(results: Path, suite: str) -> tuple[list[Row], list[str]]:
-    """Every row of a suite in a results folder: those of its cells, and those of files under `rows/`; a row held twice counts once."""
-    paths = sorted((results / "cells" / suite).glob("*/rows.jsonl")) + sorted((results / "rows").glob("**/*.jsonl"))
+    """Every row of a suite in a results folder: those of its cells, and those of files under `rows/`; a row held twice counts once.
+
+    Folders whose name has a dot are being written or were set aside as damaged: left out.
+    """
+    cells = (path for path in (results / "cells" / suite).glob("*/rows.jsonl") if "." not in path.parent.name)
+    paths = sorted(cells) + sorted((results / "rows").glob("**/*.jsonl"))
     found: dict[str, Row] = {}
     problems: list[str] = []
     for path in paths:

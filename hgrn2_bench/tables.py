@@ -6,8 +6,10 @@ the selection split. A failed run counts as the worst value; it is never dropped
 """
 
 import csv
+import html
 import io
 import json
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -60,6 +62,8 @@ class Line:
 
     runs: tuple[Run, ...]
     tuned: Mapping[str, Any]
+    searched: bool
+    """Whether the tuning grid had more than one point."""
     edge: tuple[str, ...]
     """Tuned keys whose best value lies at the edge of its grid."""
 
@@ -78,6 +82,12 @@ class Line:
         """Values of the runs that have one."""
         return [v for v in self.values if v is not None]
 
+    @property
+    def middle(self) -> float:
+        """The median over seeds; a run without a value counts as the worst, so the median may be infinite."""
+        worst = -math.inf if self.first.higher_is_better else math.inf
+        return statistics.median(worst if v is None else v for v in self.values)
+
 
 def make_tables(rows: Iterable[Row], protocol: Protocol, metric: str | None = None) -> list[Table]:
     """Every table that the rows of one suite give, presets and tasks in alphabetical order."""
@@ -88,13 +98,22 @@ def make_tables(rows: Iterable[Row], protocol: Protocol, metric: str | None = No
         groups[row.preset, row.task, row.protocol_version, row.dtype, row.device_name if protocol.speed else ""].append(run)
     tables = []
     for key in sorted(groups):
-        parts = _split_by_data(groups[key])
+        parts = _split_by_data(groups[key], protocol)
         others = [k for k in groups if k[:2] == key[:2] and k != key]
         why = ["rows of another protocol version, precision or device are in a table of their own"] if others else []
-        if len(parts) > 1:
-            why.append("rows of the same seed but other data (data hash) are in a table of their own")
-        tables += [_table(part, protocol, metric, why) for part in parts]
+        tables += [_table(part, protocol, metric, [*why, *_why_apart(part, parts)]) for part in parts]
     return tables
+
+
+def _why_apart(part: Sequence[Run], parts: Sequence[Sequence[Run]]) -> list[str]:
+    """A note for one of several tables that differ in data: why, and the settings by which to tell this one."""
+    if len(parts) == 1:
+        return []
+    shared = [{k: v for k, v in p[0].row.settings.items() if all(r.row.settings.get(k) == v for r in p)} for p in parts]
+    mine = shared[[p is part for p in parts].index(True)]
+    here = [f"{key} {_short(value)}" for key, value in mine.items() if any(key in s and s[key] != value for s in shared)]
+    which = ", ".join(here) or f"data hash {', '.join(sorted({r.row.data_hash for r in part if r.row.data_hash}))}"
+    return [f"rows of the same seed but other data (data hash) are in a table of their own; this one: {which}"]
 
 
 def _runs(rows: Iterable[Row], metric: str) -> list[Run]:
@@ -113,30 +132,48 @@ def _runs(rows: Iterable[Row], metric: str) -> list[Run]:
     return runs
 
 
-def _split_by_data(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs whose data hashes agree wherever their seeds do, in as few parts as the order of arrival gives; failures without data go first."""
+def _split_by_data(runs: Sequence[Run], protocol: Protocol) -> list[list[Run]]:
+    """Runs in parts whose data hashes agree wherever their seeds do. Runs of one line stay together unless they themselves disagree."""
+    bundles: list[tuple[dict[int, str], list[Run]]] = []
+    for line in _grouped(runs, protocol).values():
+        own: list[tuple[dict[int, str], list[Run]]] = []
+        for run in sorted(line, key=lambda r: (not r.row.data_hash, r.row.data_hash, r.row.seed)):
+            _join(own, {run.row.seed: run.row.data_hash} if run.row.data_hash else {}, [run])
+        bundles += own
     parts: list[tuple[dict[int, str], list[Run]]] = []
-    for run in sorted(runs, key=lambda r: (not r.row.data_hash, r.row.data_hash, r.row.seed)):
-        seed, digest = run.row.seed, run.row.data_hash
-        for hashes, members in parts:
-            if not digest or hashes.get(seed, digest) == digest:
-                break
-        else:
-            hashes, members = {}, []
-            parts.append((hashes, members))
-        if digest:
-            hashes[seed] = digest
-        members.append(run)
+    for hashes, members in sorted(bundles, key=lambda b: (-len(b[0]), sorted(b[0].items()))):
+        _join(parts, hashes, members)
     return [members for _, members in parts]
 
 
-def _lines(runs: Sequence[Run], protocol: Protocol) -> list[Line]:
-    """Group runs by everything but seed and tuned keys, then keep the best tuned value of each group."""
+def _join(parts: list[tuple[dict[int, str], list[Run]]], hashes: dict[int, str], runs: list[Run]) -> None:
+    """Add runs to the first part that knows no other data for their seeds, or as a part of their own."""
+    for known, members in parts:
+        if all(known.get(seed, digest) == digest for seed, digest in hashes.items()):
+            known.update(hashes)
+            members += runs
+            return
+    parts.append((dict(hashes), list(runs)))
+
+
+def _settings(row: Row) -> dict[str, Any]:
+    """Everything that sets lines of a table apart, the seed left out."""
+    place = {"backend": row.backend, "device": row.device, "processes": row.processes, "version": row.mixer_version}
+    return {k: v for k, v in row.settings.items() if k != "seed"} | place
+
+
+def _grouped(runs: Sequence[Run], protocol: Protocol) -> dict[str, list[Run]]:
+    """Runs that are equal in everything but seed and tuned keys, in an order that does not depend on theirs."""
     groups: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        same = {k: v for k, v in run.row.settings.items() if k not in protocol.tuned and k != "seed"}
-        groups[json.dumps([run.row.model, run.row.backend, same], sort_keys=True)].append(run)
-    lines = [_best_line(group, protocol) for group in groups.values()]
+        same = {k: v for k, v in _settings(run.row).items() if k not in protocol.tuned}
+        groups[json.dumps([run.row.model, same], sort_keys=True)].append(run)
+    return dict(sorted(groups.items()))
+
+
+def _lines(runs: Sequence[Run], protocol: Protocol) -> list[Line]:
+    """The best tuned value of each group of equal runs, best lines first."""
+    lines = [_best_line(group, protocol) for group in _grouped(runs, protocol).values()]
     return sorted(lines, key=lambda line: _rank(line, protocol), reverse=True)
 
 
@@ -146,11 +183,10 @@ def _best_line(runs: Sequence[Run], protocol: Protocol) -> Line:
         grid[tuple(run.row.settings.get(k) for k in protocol.tuned)].append(run)
     sign = 1 if protocol.higher_is_better else -1
 
-    def score(point: tuple[Any, ...]) -> float:
-        values = [run.selection for run in grid[point] if run.row.status == "ok"]
-        if len(values) < len(grid[point]) or any(v is None for v in values):
-            return -float("inf")  # a point with a failed run is never preferred to one without
-        return sign * statistics.fmean(v for v in values if v is not None)
+    def score(point: tuple[Any, ...]) -> tuple[float, float]:
+        known = [run.selection for run in grid[point] if run.row.status == "ok" and run.selection is not None]
+        mean = sign * statistics.fmean(known) if known else -math.inf
+        return len(known) / len(grid[point]), mean  # a point with a failed run is never preferred to one without
 
     best = max(sorted(grid), key=score)
     edge = []
@@ -158,42 +194,36 @@ def _best_line(runs: Sequence[Run], protocol: Protocol) -> Line:
         tried = sorted({point[position] for point in grid})
         if len(tried) > 2 and best[position] in (tried[0], tried[-1]):
             edge.append(key)
-    tuned = dict(zip(protocol.tuned, best, strict=True)) if len(grid) > 1 else {}
-    return Line(tuple(sorted(grid[best], key=lambda r: r.row.seed)), tuned, tuple(edge))
+    tuned = dict(zip(protocol.tuned, best, strict=True))
+    return Line(tuple(sorted(grid[best], key=lambda r: r.row.seed)), tuned, len(grid) > 1, tuple(edge))
 
 
 def learned(line: Line) -> bool:
     """Whether the median run beats every floor by more than twice the floor's standard error."""
     row = line.first
-    if not line.finished or not row.floors:
-        return bool(line.finished)
+    if not math.isfinite(line.middle) or not row.floors:
+        return math.isfinite(line.middle)
     floor = max(row.floors.values()) if row.higher_is_better else min(row.floors.values())
     error = (floor * (1 - floor) / max(1, row.num_items)) ** 0.5 if 0 < floor < 1 else 0.0
-    middle = statistics.median(line.finished)
-    return middle > floor + 2 * error if row.higher_is_better else middle < floor - 2 * error
+    return line.middle > floor + 2 * error if row.higher_is_better else line.middle < floor - 2 * error
 
 
 def _rank(line: Line, protocol: Protocol) -> tuple[bool, bool, float]:
-    sign = 1 if protocol.higher_is_better else -1
-    middle = sign * statistics.median(line.finished) if line.finished else -float("inf")
-    return bool(line.finished), learned(line), middle
+    return bool(line.finished), learned(line), line.middle if protocol.higher_is_better else -line.middle
 
 
-def summary(values: Sequence[float | None], solved: float | None) -> str:
+def summary(line: Line, solved: float | None) -> str:
     """Values of the seeds in words: all of them below three; else median, range and share solved, or mean and 95% t-interval."""
-    shown = ["–" if v is None else f"{v:.3f}" for v in values]
-    if len(values) < 3:
-        return ", ".join(shown)
-    if solved is not None:
-        ordered = sorted(values, key=lambda v: -float("inf") if v is None else v)
-        low, middle, high = ordered[0], ordered[(len(ordered) - 1) // 2], ordered[-1]
-        text = [("–" if v is None else f"{v:.3f}") for v in (middle, low, high)]
-        count = sum(v is not None and v >= solved for v in values)
-        return f"{text[0]} [{text[1]}, {text[2]}], solved {count}/{len(values)}"
-    known = [v for v in values if v is not None]
-    if len(known) < len(values):
-        return ", ".join(shown)
-    return f"{statistics.fmean(known):.3f} ± {half_interval(known):.3f}"
+    if solved is None and len(line.finished) == len(line.runs) >= 3:
+        return f"{statistics.fmean(line.finished):.3f} ± {half_interval(line.finished):.3f}"
+    if solved is None or len(line.runs) < 3:
+        return ", ".join("–" if v is None else f"{v:.3f}" for v in line.values)
+    higher = line.first.higher_is_better
+    worst = -math.inf if higher else math.inf
+    known = [worst if v is None else v for v in line.values]
+    middle, low, high = (f"{v:.3f}" if math.isfinite(v) else "–" for v in (line.middle, min(known), max(known)))
+    count = sum(v >= solved if higher else v <= solved for v in known)
+    return f"{middle} [{low}, {high}], solved {count}/{len(known)}"
 
 
 def half_interval(values: Sequence[float]) -> float:
@@ -204,29 +234,28 @@ def half_interval(values: Sequence[float]) -> float:
 
 
 def indistinguishable(line: Line, best: Line) -> bool | None:
-    """Whether a paired t-test over common seeds keeps a line from differing from the best (p > 0.05); None below five pairs."""
+    """Whether a paired t-test over common seeds leaves a line no different from the best (p >= 0.05); None below five pairs."""
     ours = {run.row.seed: run.value for run in line.runs}
     pairs = [(run.value, ours[run.row.seed]) for run in best.runs if run.row.seed in ours]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
     if len(known) < PAIRS_NEEDED:
         return None
     differences = [a - b for a, b in known]
-    if max(differences) == min(differences):
-        return differences[0] == 0
-    from scipy.stats import ttest_1samp
-
-    return bool(ttest_1samp(differences, 0.0).pvalue > 0.05)
+    return abs(statistics.fmean(differences)) <= half_interval(differences)
 
 
-def _status(line: Line, best: Line | None) -> str:
+def _status(line: Line, best: Line | None, seeds: Sequence[int]) -> str:
     """Outcomes that are not ok with their first reason, else whether the model learned and how it stands to the best."""
     failures: dict[str, list[Row]] = defaultdict(list)
     for run in line.runs:
         if run.row.status != "ok":
             failures[run.row.status].append(run.row)
     words = [f"{status} {len(rows)}/{len(line.runs)}: {rows[0].reason}" for status, rows in failures.items()]
-    if line.finished and not learned(line):
+    if math.isfinite(line.middle) and not learned(line):
         words.append("not learned in this budget")
+    ran = [run.row.seed for run in line.runs]
+    if ran != list(seeds):
+        words.append(f"seed{'s' * (len(ran) > 1)} {_listed(ran)} only")
     words += [f"best {key} at the edge of its grid" for key in line.edge]
     if best is not None and line is not best and indistinguishable(line, best):
         words.append("not distinguishable from best (paired t-test over seeds)")
@@ -239,8 +268,8 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
     seeds = sorted({run.row.seed for line in lines for run in line.runs})
     arrow = "higher" if protocol.higher_is_better else "lower"
     best = next((line for line in lines if learned(line)), None)
-    one_device = len({line.first.device_name for line in lines if line.finished}) <= 1
-    tuned = [key for key in protocol.tuned if any(key in line.tuned for line in lines)]
+    one_device = len({run.row.device_name for line in lines for run in line.runs if run.value is not None}) <= 1
+    tuned = [key for key in protocol.tuned if any(line.searched or line.tuned[key] != lines[0].tuned[key] for line in lines)]
     columns = [Column("model"), *(Column(key, _short) for key in (*varying, *tuned))]
     columns += [Column("parameters", _count), Column("non-embedding", _count), Column("state", _bytes), Column("train FLOPs/token", _count)]
     columns += [Column("local mixing"), Column("positions"), Column(f"{metric}, seed{'s' * (len(seeds) > 1)} {_listed(seeds)}")]
@@ -248,12 +277,12 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
     body = [
         (
             line.first.model,
-            *(line.first.settings.get(key) for key in varying),
+            *(_settings(line.first).get(key) for key in varying),
             *(line.tuned.get(key) for key in tuned),
             *_costs(line.first),
-            summary(line.values, protocol.solved),
+            summary(line, protocol.solved),
             *([_speed(line)] * one_device),
-            _status(line, best),
+            _status(line, best, seeds),
         )
         for line in lines
     ]
@@ -278,7 +307,7 @@ def _varying(lines: Sequence[Line], protocol: Protocol) -> list[str]:
     """Settings that differ between lines: shared ones over the table, a model's own among its lines."""
     seen: dict[str, set[str]] = defaultdict(set)
     for line in lines:
-        for key, value in line.first.settings.items():
+        for key, value in _settings(line.first).items():
             seen[key].add(json.dumps(value))
     hidden = {*SHOWN_BY_COLUMN, *protocol.tuned}
     return [key for key, values in seen.items() if len(values) > 1 and key not in hidden]
@@ -299,9 +328,10 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
     budget = ("lr", "batch_size", "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
     same = {key: {json.dumps(row.settings.get(key)) for row in rows} for key in budget}
     fixed = [f"{key} {json.loads(next(iter(v)))}" for key, v in same.items() if len(v) == 1]
-    notes.append(f"the same for every line: {', '.join(fixed)}")
+    if fixed:
+        notes.append(f"the same for every line: {', '.join(fixed)}")
     select = sorted({str(row.settings.get("select")) for row in rows})
-    if any(line.tuned for line in lines):
+    if any(line.searched for line in lines):
         notes.append(f"{', '.join(protocol.tuned)} chosen on {' and '.join(select)} data" + _warn_test(select))
     elif "test" in select:
         notes.append("stopped on test data" + _warn_test(select))
@@ -335,7 +365,7 @@ def _count(value: float | None) -> str:
     if value is None:
         return "–"
     for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
+        if value >= 0.9995 * factor:  # what three digits round up to it
             return f"{value / factor:.3g}{letter}"
     return f"{value:.3g}"
 
@@ -353,10 +383,18 @@ def render(table: Table, form: str) -> str:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([names, *table.lines])
         return text.getvalue()
-    body = [[column.show(value) for column, value in zip(table.columns, line, strict=True)] for line in table.lines]
+    body = [[" ".join(column.show(value).split()) for column, value in zip(table.columns, line, strict=True)] for line in table.lines]
+    if form == "md":
+        names, body = [_piped(name) for name in names], [[_piped(text) for text in line] for line in body]
     kind = {"md": "github", "latex": "latex_booktabs", "html": "html"}[form]
     grid = tabulate(body, names, tablefmt=kind, disable_numparse=True)
     if form == "md":
         return "\n".join([f"**{table.title}**", "", grid, "", *(f"- {note}" for note in table.notes), ""])
-    open_, close = ("<p>", "</p>") if form == "html" else ("% ", "")
-    return "\n".join([f"{open_}{table.title}{close}", grid, *(f"{open_}{note}{close}" for note in table.notes), ""])
+    if form == "html":
+        return "\n".join([f"<p>{html.escape(table.title)}</p>", grid, *(f"<p>{html.escape(note)}</p>" for note in table.notes), ""])
+    return "\n".join([f"% {table.title}", grid, *(f"% {note}" for note in table.notes), ""])
+
+
+def _piped(text: str) -> str:
+    """Text whose bars do not end a Markdown cell."""
+    return text.replace("|", r"\|")

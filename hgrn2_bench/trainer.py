@@ -7,6 +7,8 @@ the checkpoint. So a run that was killed and continued has the same curve and th
 import io
 import json
 import math
+import pickle
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -193,12 +195,23 @@ class Trainer:
         self.folder.set_status("running", step=self.at.step, steps=self.steps)
         self.saved_at = time.monotonic()
 
+    def _read_checkpoint(self) -> dict[str, Any] | None:
+        """The checkpoint, or None where there is none that can be read: a damaged one is worth no more than none."""
+        if not self.folder.checkpoint.exists():
+            return None
+        try:
+            content: dict[str, Any] = torch.load(self.folder.checkpoint, map_location=self.device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
+            print(f"note: {self.folder.checkpoint} is damaged ({type(error).__name__}): the cell starts again", file=sys.stderr)
+            return None
+        return content
+
     def _resume(self) -> None:
         """Continue from the checkpoint, and cut the curve back to where it was then; start from nothing without one."""
-        if not self.folder.checkpoint.exists():
+        content = self._read_checkpoint()
+        if content is None:
             self.folder.curve.unlink(missing_ok=True)
             return
-        content = torch.load(self.folder.checkpoint, map_location=self.device, weights_only=True)
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.at = Progress(**content["progress"])

@@ -88,7 +88,9 @@ def cached_keys(inputs: SoftmaxInputs, state: State | None) -> State:
     if state is None:
         return inputs.k_BTHK, inputs.v_BTHV
     if inputs.lengths_B is not None:
-        raise ValueError("softmax takes lengths or a cache, not both: a padded prompt leaves gaps in its cache; decode rows of equal length.")
+        raise ValueError(
+            "softmax takes lengths or a cache, not both: a padded prompt leaves gaps in its cache; decode rows of equal length."
+        )
     return torch.cat([state[0], inputs.k_BTHK], 1), torch.cat([state[1], inputs.v_BTHV], 1)
 
 

@@ -31,30 +31,41 @@ def scan_rows(decays: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
 
 
 class DiagonalScan(torch.autograd.Function):
-    """h_t = a_t h_{t-1} + x_t over the first axis, real or complex: (a_TF, x_TF, h0_F or None) -> h_TF."""
+    """h_t = exp(log_a_t + i theta_t) h_{t-1} + x_t over the first axis: (log_a, theta or None, x_TF, h0_F or None) -> h_TF.
+
+    `log_a` has an entry for every step and broadcasts over the rest of `x`; `theta` broadcasts altogether, and makes `x` complex.
+    """
 
     @staticmethod
-    def forward(ctx: Any, a_TF: Tensor, x_TF: Tensor, h0_F: Tensor | None) -> Tensor:
+    def forward(ctx: Any, log_a: Tensor, theta: Tensor | None, x_TF: Tensor, h0_F: Tensor | None) -> Tensor:
+        """Copy x and turn it into h, row by row."""
+        a = exp(log_a)
+        if theta is not None:
+            a = torch.complex(a * theta.cos(), a * theta.sin())
         h_TF = x_TF.clone(memory_format=torch.contiguous_format)
-        rows, decays = h_TF.unbind(0), a_TF.unbind(0)
+        rows, decays = h_TF.unbind(0), a.unbind(0)
         if h0_F is not None:
             rows[0].addcmul_(decays[0], h0_F)
         scan_rows(decays[1:], rows)
-        ctx.save_for_backward(a_TF, h_TF, h0_F)
+        ctx.shapes = log_a.shape, None if theta is None else theta.shape
+        ctx.save_for_backward(a, h_TF, h0_F)
         return h_TF
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dh_TF: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The gradient g_t = dh_t + conj(a_{t+1}) g_{t+1} is the same scan backwards; then da_t = g_t conj(h_{t-1}), dx_t = g_t."""
-        a_TF, h_TF, h0_F = ctx.saved_tensors
-        a_TF = a_TF.conj().resolve_conj()
+    def backward(ctx: Any, dh_TF: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """The same scan backwards, g_t = dh_t + conj(a_{t+1}) g_{t+1}; dx_t = g_t and dlog_a_t + i dtheta_t = g_t conj(a_t h_{t-1})."""
+        a, h_TF, h0_F = ctx.saved_tensors
+        a = a.conj().resolve_conj()
         g_TF = dh_TF.clone(memory_format=torch.contiguous_format)
-        scan_rows(a_TF.unbind(0)[:0:-1], g_TF.unbind(0)[::-1])
-        da_TF = torch.empty_like(g_TF)
-        torch.mul(g_TF[1:], h_TF[:-1].conj(), out=da_TF[1:])
-        da_TF[0] = 0 if h0_F is None else g_TF[0] * h0_F.conj()
-        return da_TF, g_TF, None if h0_F is None else a_TF[0] * g_TF[0]
+        scan_rows(a.unbind(0)[:0:-1], g_TF.unbind(0)[::-1])
+        d_TF = a * g_TF
+        dh0_F = None if h0_F is None else d_TF[0].clone()
+        d_TF[0] = 0 if h0_F is None else d_TF[0] * h0_F.conj()
+        d_TF[1:] *= h_TF[:-1].conj()
+        log_a_shape, theta_shape = ctx.shapes
+        dtheta = None if theta_shape is None else d_TF.imag.sum_to_size(theta_shape)
+        return d_TF.real.sum_to_size(log_a_shape), dtheta, g_TF, dh0_F
 
 
 class SelectiveScan(torch.autograd.Function):
@@ -65,7 +76,10 @@ class SelectiveScan(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TBD: Tensor, dt_TBD: Tensor, A_ND: Tensor, B_TBN: Tensor, C_TBN: Tensor, h0_BND: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x_TBD: Tensor, dt_TBD: Tensor, A_ND: Tensor, B_TBN: Tensor, C_TBN: Tensor, h0_BND: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Block by block, each from the last state of the one before."""
         y_TBD = torch.empty_like(x_TBD)
         starts = [h0_BND]
         for block in _blocks(len(x_TBD), h0_BND.numel()):

@@ -1,0 +1,320 @@
+"""The program as a user types it, in processes of its own: words, errors, exit codes, resume after a kill, two runs at once."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from hgrn2_bench.results import Row, find_rows
+
+TEST = ("run", "suite=mqar", "preset=test")
+SLOW = (*TEST, "model=hgrn2", "train_examples=64_000", "--workers", "1")  # 2,000 steps, several seconds
+
+
+def command(*words):
+    return [sys.executable, "-m", "hgrn2_bench", *map(str, words)]
+
+
+def bench(*words, cwd, env=None, timeout=120):
+    return subprocess.run(command(*words), capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout)
+
+
+def stable(rows):
+    """Rows without times, memory and host."""
+    kept = [{k: v for k, v in json.loads(row.to_json()).items() if k not in Row.VOLATILE} for row in rows]
+    return sorted(kept, key=lambda row: (row["cell"], row["split"], row["metric"]))
+
+
+def rows_of(folder):
+    rows, problems = find_rows(folder, "mqar")
+    assert not problems
+    return rows
+
+
+def wait_for(condition, timeout=60):
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("words", [["list"], ["list", "mqar"], ["list", "hgrn2"], ["--help"], ["run", "--help"], ["status"]])
+def test_light_commands_import_neither_torch_nor_fla_nor_pandas(words, tmp_path):
+    (tmp_path / "results/local").mkdir(parents=True)
+    script = f"""
+        import sys
+        from hgrn2_bench.cli import main
+        sys.argv = ["hgrn2_bench", *{words!r}]
+        try:
+            main()
+        except SystemExit as end:
+            assert not end.code, end.code
+        heavy = {{"torch", "fla", "pandas", "triton", "scipy", "transformers"}} & set(sys.modules)
+        assert not heavy, heavy
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["suite=mqarr"], "Did you mean 'mqar'?"),
+        (["suite=mqar", "modle=gla"], "Did you mean 'model'?"),
+        (["suite=mqar", "model=hgnr2"], "Did you mean 'hgrn2'?"),
+        (["suite=mqar", "preset=smoek"], "Did you mean 'smoke'?"),
+        (["suite=mqar", "d_model=abc"], "d_model=abc: expected a whole number"),
+        (["suite=mqar", "lr_=1e-3"], "Did you mean 'lr'?"),
+        (["suite=mqar", "+model.hiden=64"], "model.hiden"),
+        (["suite=mqar", "seq_len=63"], "62 or 64"),
+        (["suite=mqar", "seq_len=16", "num_pairs=5"], "num_pairs at most 4"),
+        (["suite=mqar", "vocab_size=8", "num_pairs=4"], "vocab_size at least 10"),
+        (["suite=mqar", "num_passes=2"], "Unknown key 'num_passes'"),
+        (["suite=mqar", "--device", "tpu"], "Unknown device 'tpu'"),
+        (["nonsense"], "expected key=value"),
+        (["suite=mqar", "model=./missing.py:Net"], "no file ./missing.py"),
+        (["suite=mqar", "backend=fla", "--device", "cpu"], "backend=fla needs a CUDA device"),
+    ],
+)
+def test_bad_words_give_one_line_and_exit_code_2_without_torch(words, told, tmp_path):
+    script = f"""
+        import sys
+        from hgrn2_bench.cli import main
+        sys.argv = ["hgrn2_bench", "run", *{words!r}]
+        try:
+            main()
+        finally:
+            assert "torch" not in sys.modules
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "results").exists()
+
+
+def test_illegal_combination_that_only_the_mixer_knows_is_refused_before_any_cell(tmp_path):
+    done = bench(*TEST, "model=hgrn2,attention", "d_model=16", "hgrn2.expand_ratio=5", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "heads = d_model / expand_ratio" in done.stderr
+    assert "4 or 8" in done.stderr
+    assert not list(tmp_path.glob("results/local/cells/mqar/*/rows.jsonl"))
+
+
+def test_first_run_writes_rows_and_the_second_prints_the_same_table_from_them(tmp_path):
+    first = bench(*TEST, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    folder = tmp_path / "results/local"
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("cells/mqar/*/rows.jsonl")}
+    assert len(written) == 5
+    again = bench(*TEST, cwd=tmp_path)
+    assert again.stdout == first.stdout
+    assert "cells to run" not in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("cells/mqar/*/rows.jsonl")} == written
+    for word in ("recall-free guess", "1/|values|", "not learned in this budget", "tokens/s", "state", "non-embedding"):
+        assert word in first.stdout
+    table = bench("table", "mqar", cwd=tmp_path)
+    assert table.stdout == first.stdout
+    lines = bench("table", "mqar", "--format", "jsonl", cwd=tmp_path).stdout.splitlines()
+    assert len(lines) == 20
+
+
+def test_command_of_a_row_repeats_exactly_that_row(tmp_path):
+    bench(*TEST, "model=hgrn2,attention", "lr=1e-3,1e-2", "hgrn2.expand_ratio=8", "--workers", "1", cwd=tmp_path)
+    rows = rows_of(tmp_path / "results/local")
+    chosen = next(row for row in rows if row.model == "hgrn2" and row.settings["lr"] == 1e-2)
+    words = chosen.command.removeprefix("python -m hgrn2_bench ").split()
+    done = bench(*words, "--results", "again", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    same = [row for row in rows if row.cell == chosen.cell]
+    ours, theirs = stable(rows_of(tmp_path / "again")), stable(same)
+    assert [row | {"command": ""} for row in ours] == [row | {"command": ""} for row in theirs]
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):
+    done = bench(*TEST, "model=hgrn2,mamba", "seed=0,1", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 (2 to run)" in done.stdout
+    assert "estimate" in done.stdout
+    assert not (tmp_path / "results").exists()
+
+
+def start_killed_run(tmp_path, folder, *words):
+    """Start a run, wait for its first checkpoint, and kill -9 the parent only, as the kernel or an operator would."""
+    script = "import hgrn2_bench.trainer as t; t.CHECKPOINT_EVERY_S = 0.2"
+    (tmp_path / "sitecustomize.py").write_text(script)  # checkpoints often enough for a short test
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = subprocess.Popen(command(*words, "--results", folder), cwd=tmp_path, env=env, stderr=subprocess.DEVNULL)
+    wait_for(lambda: list(folder.glob("cells/mqar/*/checkpoint.pt")))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_sweep_continues_bit_for_bit_and_reruns_nothing_finished(tmp_path):
+    words = (*SLOW, "model=attention,hgrn2")
+    words = tuple(w for w in words if w != "model=hgrn2")
+    whole = bench(*words, "--results", "whole", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    folder = tmp_path / "killed"
+    bench(*(w for w in words if w != "model=attention,hgrn2"), "model=attention", "--results", folder, cwd=tmp_path)
+    finished = {path: path.stat().st_mtime_ns for path in folder.glob("cells/mqar/*/rows.jsonl")}
+    start_killed_run(tmp_path, folder, *words)
+    assert "interrupted" in bench("status", "--results", folder, cwd=tmp_path).stdout
+    (checkpoint,) = folder.glob("cells/mqar/*/checkpoint.pt")
+    done = bench(*words, "--results", folder, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "(1 finished before)" in done.stderr
+    assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
+    assert stable(rows_of(folder)) == stable(rows_of(tmp_path / "whole"))
+    for path in folder.glob("cells/mqar/*/metrics.jsonl"):
+        assert path.read_text() == (tmp_path / "whole" / path.relative_to(folder)).read_text()
+    assert not checkpoint.exists()
+
+
+def test_two_runs_at_once_share_a_folder_and_lose_nothing(tmp_path):
+    words = (*SLOW[:3], "model=hgrn2,attention", "train_examples=32_000", "seed=0,1", "--workers", "1", "--results", "both")
+    first = subprocess.Popen(command(*words), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    second = subprocess.Popen(command(*words), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    outputs = [process.communicate(timeout=120) for process in (first, second)]
+    assert (first.returncode, second.returncode) == (0, 0), outputs
+    assert outputs[0][0] == outputs[1][0]
+    rows = rows_of(tmp_path / "both")
+    assert len(rows) == 16
+    assert len({row.cell for row in rows}) == 4
+
+
+def test_ctrl_c_checkpoints_and_the_next_run_continues(tmp_path):
+    folder = tmp_path / "stopped"
+    process = subprocess.Popen(command(*SLOW, "--results", folder), cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for(lambda: list(folder.glob("cells/mqar/*/metrics.jsonl")))
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command continues" in said
+    assert "Traceback" not in said
+    assert len(list(folder.glob("cells/mqar/*/checkpoint.pt"))) == 1
+    assert bench(*SLOW, "--results", folder, cwd=tmp_path).returncode == 0
+    whole = bench(*SLOW, "--results", "whole", cwd=tmp_path)
+    assert whole.returncode == 0
+    assert stable(rows_of(folder)) == stable(rows_of(tmp_path / "whole"))
+
+
+BAD_MIXERS = '''
+"""Mixers that go wrong."""
+import os, torch
+from torch import nn
+
+class Good(nn.Module):
+    def __init__(self, d_model, width: int = 8):
+        super().__init__()
+        self.linear = nn.Linear(d_model, d_model)
+    def forward(self, x):
+        return self.linear(x).cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
+
+class Raises(Good):
+    def forward(self, x):
+        if self.training: raise KeyError("no such thing")
+        return x
+
+class NotANumber(Good):
+    def forward(self, x):
+        return self.linear(x) * float("nan")
+
+class TooLarge(Good):
+    def forward(self, x):
+        if self.training: raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        return x
+
+class Dies(Good):
+    def forward(self, x):
+        if self.training: os._exit(7)
+        return x
+'''
+
+
+def test_failing_cells_are_shown_and_the_others_finish(tmp_path):
+    (tmp_path / "mine.py").write_text(BAD_MIXERS)
+    names = ("Raises", "NotANumber", "TooLarge", "Dies", "Good")
+    done = bench(*TEST, "model=" + ",".join(f"./mine.py:{n}" for n in names) + ",attention", "--workers", "2", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    table = {line.split("|")[1].strip(): line for line in done.stdout.splitlines() if line.startswith("| ")}
+    assert "failed 1/1: KeyError: 'no such thing'" in table["Raises"]
+    assert "diverged 1/1: loss nan at step 1 of 20" in table["NotANumber"]
+    assert "oom 1/1: CUDA out of memory (simulated)" in table["TooLarge"]
+    assert "failed 1/1: worker process ended with code 7" in table["Dies"]
+    for name in ("Good", "attention"):
+        assert "not learned" in table[name]
+    (trace,) = [path for path in tmp_path.glob("results/local/cells/mqar/*/error.txt") if "KeyError" in path.read_text()]
+    assert "Traceback" in trace.read_text()
+    rows = {row.model: row for row in rows_of(tmp_path / "results/local")}
+    assert rows["NotANumber"].value is None
+    assert rows["Good"].effective["decoding"] == "recomputes all tokens"
+
+
+def test_cell_beyond_its_time_limit_is_a_timeout(tmp_path):
+    done = bench(*TEST, "model=hgrn2", "train_examples=1_000_000", "--timeout", "6", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "timeout 1/1: no result after 6 s" in done.stdout
+
+
+def test_damaged_and_foreign_cell_folders_are_set_aside_with_a_line(tmp_path):
+    words = (*TEST, "model=attention,hgrn1")
+    first = bench(*words, cwd=tmp_path)
+    folder = tmp_path / "results/local/cells/mqar"
+    one, other = sorted(path.parent for path in folder.glob("*/rows.jsonl"))
+    untouched = (other / "rows.jsonl").read_bytes()
+    text = (one / "rows.jsonl").read_text()
+    (one / "rows.jsonl").write_text(text[: len(text) - 100])
+    note = bench("table", "mqar", cwd=tmp_path)
+    assert note.returncode == 0
+    assert "truncated" in note.stderr
+    again = bench(*words, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "rows.jsonl is damaged" in again.stderr
+    assert len(list(folder.glob(f"{one.name}.damaged-*"))) == 1
+    assert (other / "rows.jsonl").read_bytes() == untouched
+    accuracy = [line.split("|")[8] for line in first.stdout.splitlines() if line.startswith("| ")]
+    assert [line.split("|")[8] for line in again.stdout.splitlines() if line.startswith("| ")] == accuracy
+    shutil.rmtree(one)
+    one.mkdir()
+    (one / "config.json").write_text('{"something": "else"}')
+    foreign = bench(*words, cwd=tmp_path)
+    assert foreign.returncode == 0
+    assert "of another cell" in foreign.stderr
+
+
+def test_results_folder_that_cannot_be_written_is_one_line_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    done = bench(*TEST, "--results", "file/inside", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: results folder file/inside")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_table_without_rows_and_unknown_formats_are_refused(tmp_path):
+    assert "no rows of mqar" in bench("table", "mqar", cwd=tmp_path).stderr
+    bad = bench("table", "mqar", "--format", "xls", cwd=tmp_path)
+    assert (bad.returncode, "Available: csv, html, jsonl, latex, md" in bad.stderr) == (2, True)
+
+
+def test_published_values_come_with_a_verdict(tmp_path):
+    done = bench("table", "mqar", "--published", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not comparable because" in done.stdout
+    assert "HazyResearch/zoology" in done.stdout
+
+
+def test_data_is_the_same_for_every_model_and_every_hash_seed(tmp_path):
+    for seed in ("1", "2"):
+        env = {"PYTHONHASHSEED": seed}
+        bench(*TEST, "model=attention,gla,hgrn1", "--results", f"hash{seed}", cwd=tmp_path, env=env)
+    rows = [row for seed in "12" for row in rows_of(tmp_path / f"hash{seed}")]
+    assert len({row.cell for row in rows}) == 3
+    assert len({row.data_hash for row in rows}) == 1
+    assert stable(rows_of(tmp_path / "hash1")) == stable(rows_of(tmp_path / "hash2"))

@@ -1,0 +1,345 @@
+"""Every family of `chunked` against `reference`, with gradients; the hand-written backward functions against finite differences."""
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from hgrn2_bench.ops import chunked, families, scans
+from hgrn2_bench.ops.families import DecayInputs, DiagonalInputs, ScalarDecayInputs, SelectiveInputs, SoftmaxInputs, State
+
+B, H, V, D, N, P = 2, 2, 5, 6, 3, 7
+"""Batch, heads, value, channels, states per channel, cached positions."""
+EXACT = 1e-11
+"""float64, relative to the largest entry; seen: 5e-14. The clamps of `chunked` leave 2^-60 at most."""
+SINGLE = 2e-5
+"""float32 against float64; seen: 5e-6, in sums of 130 steps without decay."""
+
+Inputs = DecayInputs | ScalarDecayInputs | DiagonalInputs | SelectiveInputs | SoftmaxInputs
+Case = tuple[Inputs, State]
+Decay = Callable[[Tensor], Tensor]
+
+
+def gate(x: Tensor) -> Tensor:
+    """Log decays around log 0.5, as a sigmoid gate gives at initialisation."""
+    return F.logsigmoid(x)
+
+
+def drops(x: Tensor) -> Tensor:
+    """Mild decays with single steps of e^-60: one for all channels at once, others for some channels."""
+    log_f = F.logsigmoid(x + 2)
+    log_f[:, 3::7] = -60.0
+    return torch.where(x > 1.5, -60.0, log_f)
+
+
+def erasures(x: Tensor) -> Tensor:
+    """The same with a decay of exactly 0 at those steps."""
+    return torch.where(drops(x) == -60.0, -torch.inf, drops(x))
+
+
+def constant(value: float, x: Tensor) -> Tensor:
+    return torch.full_like(x, value)
+
+
+DECAYS: dict[str, Decay] = {
+    "drops": drops,
+    "erasures": erasures,
+    "strong": partial(constant, -20.0),
+    "near one": partial(constant, -1e-6),
+    "one": partial(constant, 0.0),
+}
+
+
+def matrix_case(T: int, decay: Decay = gate, K: int = 8, scalar: bool = False) -> Case:
+    q, k, v = (torch.randn(B, T, H, n, dtype=torch.float64) for n in (K, K, V))
+    state = (torch.randn(B, H, K, V, dtype=torch.float64),)
+    if scalar:
+        return ScalarDecayInputs(q, k, v, decay(torch.randn(B, T, H, dtype=torch.float64)), scale=0.7), state
+    return DecayInputs(q, k, v, decay(torch.randn(B, T, H, K, dtype=torch.float64)), scale=0.7), state
+
+
+def diagonal_case(T: int, decay: Decay = gate, phase: str = "none") -> Case:
+    dtype = torch.float64 if phase == "none" else torch.complex128
+    theta = {"none": None, "channel": 6.28 * torch.rand(D).double(), "step": 6.28 * torch.rand(B, T, D).double()}[phase]
+    log_a = decay(torch.randn(B, T, D, dtype=torch.float64))
+    return DiagonalInputs(torch.randn(B, T, D, dtype=dtype), log_a, theta), (torch.randn(B, D, dtype=dtype),)
+
+
+def selective_case(T: int, decay: Decay | None = None) -> Case:
+    x, dt = torch.randn(B, T, D, dtype=torch.float64), F.softplus(torch.randn(B, T, D, dtype=torch.float64))
+    A = -torch.randn(D, N, dtype=torch.float64).exp()
+    if decay is not None:  # the step size carries the decay: with A near -1, exp(dt A) is near exp(-dt)
+        dt, A = -decay(torch.randn(B, T, D, dtype=torch.float64)).clamp(min=-100), A.sign() + 0.1 * A
+    B_BTN, C_BTN = torch.randn(2, B, T, N, dtype=torch.float64).unbind(0)
+    return SelectiveInputs(x, dt, A, B_BTN, C_BTN), (torch.randn(B, D, N, dtype=torch.float64),)
+
+
+def softmax_case(T: int, causal: bool = True) -> Case:
+    K = 8
+    q, k, v = (torch.randn(B, T, H, n, dtype=torch.float64) for n in (K, K, V))
+    cache = torch.randn(B, P, H, K, dtype=torch.float64), torch.randn(B, P, H, V, dtype=torch.float64)
+    return SoftmaxInputs(q, k, v, scale=0.5, causal=causal), cache
+
+
+DECAYING: dict[str, Callable[..., Case]] = {
+    "per_channel_decay K=1": partial(matrix_case, K=1),
+    "per_channel_decay K=8": matrix_case,
+    "per_channel_decay K=64": partial(matrix_case, K=64),
+    "scalar_decay K=8": partial(matrix_case, scalar=True),
+    "scalar_decay K=64": partial(matrix_case, K=64, scalar=True),
+    "diagonal_scan real": diagonal_case,
+    "diagonal_scan angle per channel": partial(diagonal_case, phase="channel"),
+    "diagonal_scan angle per step": partial(diagonal_case, phase="step"),
+    "selective_scan": selective_case,
+}
+CASES = DECAYING | {"softmax": softmax_case, "softmax not causal": partial(softmax_case, causal=False)}
+CAUSAL = {name: make for name, make in CASES.items() if name != "softmax not causal"}
+all_cases = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+causal_cases = pytest.mark.parametrize("make", CAUSAL.values(), ids=CAUSAL)
+decaying_cases = pytest.mark.parametrize("make", DECAYING.values(), ids=DECAYING)
+
+
+@pytest.fixture(autouse=True)
+def seeded_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fixed inputs; and blocks of 8 steps in the selective scan, so that short sequences have several."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(scans, "BLOCK_ELEMENTS", 8 * B * D * N)
+
+
+def tensors(inputs: Inputs) -> dict[str, Tensor]:
+    return {f.name: x for f in fields(inputs) if isinstance(x := getattr(inputs, f.name), Tensor)}
+
+
+def change(inputs: Inputs, function: Callable[[str, Tensor], Tensor]) -> Inputs:
+    """The inputs with each tensor replaced by `function(name, tensor)`."""
+    changed: dict[str, Any] = {name: function(name, x) for name, x in tensors(inputs).items()}
+    return replace(inputs, **changed)
+
+
+def steps(inputs: Inputs, which: slice) -> Inputs:
+    """The inputs at some positions only; what has no time axis stays."""
+    T = next(iter(tensors(inputs).values())).shape[1]
+    return change(inputs, lambda name, x: x[:, which] if x.ndim > 2 and x.shape[1] == T else x)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """To a real dtype or its complex partner; torch has no complex bfloat16, so complex64 stands in for it."""
+    if x.is_complex():
+        return x.to(torch.complex128 if dtype == torch.float64 else torch.complex64)
+    return x.to(dtype)
+
+
+def results(inputs: Inputs, state: State | None, backend: str) -> dict[str, Tensor]:
+    """The output, the final state, and the gradient of a random weighting of both for every input and for the initial state."""
+    inputs = change(inputs, lambda _, x: x.detach().requires_grad_())
+    state = None if state is None else tuple(x.detach().requires_grad_() for x in state)
+    o, final = families.run(inputs, backend, state)
+    found = {"o": o} | {f"final {i}": x for i, x in enumerate(final)}
+    generator = torch.Generator().manual_seed(1)
+    loss = torch.zeros((), dtype=torch.float64)
+    for x in found.values():
+        weights = torch.randn(x.shape, dtype=torch.complex128 if x.is_complex() else torch.float64, generator=generator)
+        loss = loss + (weights * x.cpu()).sum().real
+    leaves = tensors(inputs) | {f"initial {i}": x for i, x in enumerate(state or ())}
+    gradients = torch.autograd.grad(loss, list(leaves.values()))
+    return {name: x.detach() for name, x in found.items()} | {f"d {name}": x for name, x in zip(leaves, gradients, strict=True)}
+
+
+def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+    """Every tensor within `tolerance` of the largest entry of the wanted one (or of 1, where all entries are smaller)."""
+    assert got.keys() == want.keys()
+    for name, expected in want.items():
+        assert got[name].shape == expected.shape, f"{name}: shape {tuple(got[name].shape)}, expected {tuple(expected.shape)}"
+        error = (cast(got[name].cpu(), torch.float64) - cast(expected, torch.float64)).abs().max()
+        scale = max(1.0, expected.abs().max().item())
+        assert error / scale <= tolerance, f"{name}: relative error {error / scale:.1e}, allowed {tolerance:.0e}"  # NaN fails too
+
+
+@pytest.mark.parametrize("start", [False, True], ids=["from zero", "from a state"])
+@pytest.mark.parametrize("T", [1, 2, 17, 63, 64, 65, 100, 256])
+@all_cases
+def test_chunked_equals_reference_with_gradients(make: Callable[..., Case], T: int, start: bool) -> None:
+    inputs, state = make(T)
+    given = state if start else None
+    assert_equal(results(inputs, given, "chunked"), results(inputs, given, "reference"), EXACT)
+
+
+@pytest.mark.parametrize("decay", DECAYS.values(), ids=DECAYS)
+@decaying_cases
+def test_chunked_equals_reference_under_extreme_decays(make: Callable[..., Case], decay: Decay) -> None:
+    inputs, state = make(100, decay)
+    assert_equal(results(inputs, state, "chunked"), results(inputs, state, "reference"), EXACT)
+
+
+@pytest.mark.parametrize("decay", [gate, *DECAYS.values()], ids=["gate", *DECAYS])
+@decaying_cases
+def test_float32_stays_near_float64(make: Callable[..., Case], decay: Decay) -> None:
+    inputs, state = make(130, decay)
+    inputs = change(inputs, lambda _, x: cast(x, torch.float32))
+    state = tuple(cast(x, torch.float32) for x in state)
+    want = results(change(inputs, lambda _, x: cast(x, torch.float64)), tuple(cast(x, torch.float64) for x in state), "reference")
+    assert_equal(results(inputs, state, "chunked"), want, SINGLE)
+    assert_equal(results(inputs, state, "reference"), want, SINGLE)
+
+
+@pytest.mark.parametrize("T", [17, 1334])
+@causal_cases
+def test_float32_at_odd_and_long_lengths(make: Callable[..., Case], T: int) -> None:
+    inputs, _ = make(T)
+    got = results(change(inputs, lambda _, x: cast(x, torch.float32)), None, "chunked")
+    assert_equal(got, results(inputs, None, "reference"), SINGLE)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@all_cases
+def test_bfloat16_inputs_keep_a_wide_state(make: Callable[..., Case], backend: str) -> None:
+    inputs, _ = make(65)
+    inputs = change(inputs, lambda _, x: cast(x, torch.bfloat16))
+    got = results(inputs, None, backend)
+    is_complex, is_cache = got["o"].is_complex(), inputs.family == "softmax"
+    assert got["o"].dtype == (torch.complex64 if is_complex else torch.bfloat16)
+    assert got["final 0"].dtype == (torch.complex64 if is_complex else torch.bfloat16 if is_cache else torch.float32)
+    want = results(change(inputs, lambda _, x: cast(x, torch.float64)), None, "reference")
+    assert_equal(got, want, 0.02)
+    if not is_cache:
+        assert_equal({"final 0": got["final 0"]}, {"final 0": want["final 0"]}, SINGLE)
+
+
+@decaying_cases
+def test_autocast_does_not_lower_the_precision(make: Callable[..., Case]) -> None:
+    inputs, state = make(65)
+    inputs = change(inputs, lambda _, x: cast(x, torch.float32))
+    want, (want_final,) = families.run(inputs, "chunked", state)
+    with torch.autocast("cpu", torch.bfloat16):
+        o, (final,) = families.run(inputs, "chunked", state)
+    assert torch.equal(o, want)
+    assert torch.equal(final, want_final)
+
+
+def test_softmax_takes_mixed_dtypes_under_autocast() -> None:
+    inputs, _ = softmax_case(33)
+    want, _ = families.run(inputs, "reference")
+    mixed = change(inputs, lambda name, x: x.to(torch.bfloat16 if name == "v_BTHV" else torch.float32))
+    with torch.autocast("cpu", torch.bfloat16):
+        o, _ = families.run(mixed, "chunked")
+    assert o.dtype == torch.bfloat16
+    assert_equal({"o": o}, {"o": want}, 0.02)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("t", [1, 20, 64, 99])
+@causal_cases
+def test_outputs_do_not_see_later_inputs(make: Callable[..., Case], t: int, backend: str) -> None:
+    (inputs, state), (other, _) = make(100), make(100)
+
+    def spliced(name: str, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :t], tensors(other)[name][:, t:]], 1) if x.ndim > 2 else x
+
+    o, _ = families.run(inputs, backend, state)
+    o_changed, _ = families.run(change(inputs, spliced), backend, state)
+    assert_equal({"o": o_changed[:, :t]}, {"o": o[:, :t]}, EXACT)
+    assert not torch.allclose(o_changed[:, t], o[:, t])
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("cut", [1, 20, 64, 99])
+@causal_cases
+def test_two_calls_joined_by_the_state_equal_one(make: Callable[..., Case], cut: int, backend: str) -> None:
+    inputs, state = make(100)
+    o, final = families.run(inputs, backend, state)
+    o_first, middle = families.run(steps(inputs, slice(0, cut)), backend, state)
+    o_second, final_second = families.run(steps(inputs, slice(cut, None)), backend, middle)
+    assert_equal({"o": torch.cat([o_first, o_second], 1), "final": final_second[0]}, {"o": o, "final": final[0]}, EXACT)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@decaying_cases
+def test_masked_leaves_the_state_at_the_true_length(make: Callable[..., Case], backend: str) -> None:
+    inputs, state = make(80)
+    lengths_B = torch.tensor([0, 37])
+    o, (final,) = families.run(inputs.masked(lengths_B), backend, state)
+    o_short, (final_short,) = families.run(steps(inputs, slice(0, 37)), backend, state)
+    want = torch.stack([state[0][0], final_short[1]])
+    assert_equal({"final": final, "o": o[1, :37]}, {"final": want, "o": o_short[1]}, EXACT)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_softmax_hides_keys_past_the_length(causal: bool, backend: str) -> None:
+    inputs, _ = softmax_case(40, causal)
+    o, _ = families.run(inputs.masked(torch.tensor([40, 23])), backend)
+    o_whole, _ = families.run(inputs, backend)
+    o_short, _ = families.run(steps(inputs, slice(0, 23)), backend)
+    assert_equal({"full": o[0], "short": o[1, :23]}, {"full": o_whole[0], "short": o_short[1]}, EXACT)
+
+
+def test_softmax_with_lengths_equals_reference_with_gradients() -> None:
+    inputs, _ = softmax_case(40)
+    masked = inputs.masked(torch.tensor([0, 23]))
+    found = []
+    for backend in ("chunked", "reference"):
+        leaves: dict[str, Any] = {name: x.detach().requires_grad_() for name, x in tensors(masked).items() if name != "lengths_B"}
+        o, _ = families.run(replace(masked, **leaves), backend)
+        gradients = torch.autograd.grad(o.square().sum(), list(leaves.values()))
+        found.append({"o": o.detach()} | dict(zip(leaves, gradients, strict=True)))
+    got, want = found
+    assert_equal(got, want, EXACT)
+    assert got["o"][0].abs().max() == 0  # a row without any key
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_softmax_refuses_lengths_with_a_cache(backend: str) -> None:
+    inputs, cache = softmax_case(4)
+    with pytest.raises(ValueError, match="lengths or a cache, not both"):
+        families.run(inputs.masked(torch.tensor([4, 3])), backend, cache)
+
+
+def leaf(*shape: int, complex: bool = False) -> Tensor:
+    return torch.randn(*shape, dtype=torch.complex128 if complex else torch.float64).requires_grad_()
+
+
+def log_decay(*shape: int) -> Tensor:
+    return F.logsigmoid(torch.randn(*shape, dtype=torch.float64)).requires_grad_()
+
+
+def derivative_is_right(function: type[torch.autograd.Function], *args: Any) -> bool:
+    return gradcheck(function.apply, args)
+
+
+@pytest.mark.parametrize("c", [1, 3])
+@pytest.mark.parametrize("start", [False, True])
+def test_per_channel_decay_backward_is_the_derivative(c: int, start: bool) -> None:
+    S0 = leaf(2, 2, 3) if start else None
+    q, k, v, log_f = leaf(c, 2, 4, 2), leaf(c, 2, 4, 2), leaf(c, 2, 4, 3), log_decay(c, 2, 4, 2)
+    assert derivative_is_right(chunked._PerChannelDecay, q, k, v, log_f, S0, -60.0)
+
+
+@pytest.mark.parametrize("start", [False, True])
+@pytest.mark.parametrize("phase", [None, (3,), (4, 2, 3)], ids=["real", "angle per channel", "angle per step"])
+@pytest.mark.parametrize("shape", [(4, 2, 3), (4, 1, 1)], ids=["decay per channel", "decay per step"])
+def test_diagonal_scan_backward_is_the_derivative(shape: tuple[int, ...], phase: tuple[int, ...] | None, start: bool) -> None:
+    turning = phase is not None
+    theta = leaf(*phase) if phase else None
+    x, h0 = leaf(4, 2, 3, complex=turning), leaf(2, 3, complex=turning) if start else None
+    assert derivative_is_right(scans.DiagonalScan, log_decay(*shape), theta, x, h0)
+
+
+def test_selective_scan_backward_is_the_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scans, "BLOCK_ELEMENTS", 2 * 2 * 2 * 3)  # blocks of two steps: the last of five is half full
+    dt, A = F.softplus(leaf(5, 2, 3)).detach().requires_grad_(), log_decay(2, 3)
+    assert derivative_is_right(scans.SelectiveScan, leaf(5, 2, 3), dt, A, leaf(5, 2, 2), leaf(5, 2, 2), leaf(2, 2, 3))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@all_cases
+def test_chunked_runs_on_a_gpu(make: Callable[..., Case]) -> None:
+    inputs, state = make(100)
+    got = results(change(inputs, lambda _, x: x.cuda()), tuple(x.cuda() for x in state), "chunked")
+    assert_equal(got, results(inputs, state, "reference"), EXACT)

@@ -1,0 +1,32 @@
+"""`unknown` in words: what is wrong, the nearest name, the list."""
+
+import pytest
+
+from hgrn2_bench.errors import LISTED, ConfigError, unknown
+
+MANY = [f"setting_{i}" for i in range(LISTED + 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "expected"),
+    [
+        ("hgnr2", ["mamba", "hgrn2", "gla"], "Unknown model 'hgnr2'. Did you mean 'hgrn2'? Available: gla, hgrn2, mamba."),
+        ("zzz", ["mamba", "hgrn2"], "Unknown model 'zzz'. Available: hgrn2, mamba."),
+        ("gla", ["gla", "gla"], "Unknown model 'gla'. Did you mean 'gla'? Available: gla."),
+        ("setting_2O", MANY, "Unknown model 'setting_2O'. Did you mean 'setting_20'?"),
+        ("zzz", MANY, f"Unknown model 'zzz'. Available: {', '.join(sorted(MANY))}."),
+    ],
+    ids=["near", "far", "repeated", "near of many", "far of many"],
+)
+def test_unknown_names_the_nearest_and_lists_what_there_is(name, known, expected):
+    error = unknown("model", name, known)
+    assert isinstance(error, ConfigError)
+    assert str(error) == expected
+
+
+def test_unknown_takes_any_iterable_once():
+    assert str(unknown("suite", "mqra", iter(["mqar", "lra"]))).endswith("Did you mean 'mqar'? Available: lra, mqar.")
+
+
+def test_config_error_is_a_value_error():
+    assert issubclass(ConfigError, ValueError)

@@ -1,0 +1,99 @@
+import math
+
+import pytest
+import torch
+
+from hgrn2_bench.interfaces import Context, MixerSpec
+from hgrn2_bench.layers import ForgetGate, ShortConv, conv_buffers, conv_names, forget_gate, rms_norm
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("width", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 2, 7])
+def test_short_conv_equals_an_explicit_sum(width: int, length: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    conv, x = ShortConv(3, width, "conv_x", bias), torch.randn(2, length, 3)
+    weight = conv.conv.weight
+    for row in range(2):
+        for t in range(length):
+            for d in range(3):
+                taps = [weight[d, 0, w] * x[row, t - (width - 1 - w), d] for w in range(width) if t - (width - 1 - w) >= 0]
+                want = sum(taps, conv.conv.bias[d] if conv.conv.bias is not None else torch.zeros(()))
+                torch.testing.assert_close(conv(x, Context())[row, t, d], want)
+
+
+def test_short_conv_buffer_holds_the_last_valid_inputs() -> None:
+    conv, x = ShortConv(2, 4, "conv_x"), torch.arange(1.0, 21).reshape(2, 5, 2)
+    ctx = Context(lengths_B=torch.tensor([5, 1]), return_state=True)
+    conv(x, ctx)
+    (buffer,) = ctx.next_state["conv_x"]
+    assert torch.equal(buffer[0], x[0, 2:])
+    assert torch.equal(buffer[1], torch.stack([torch.zeros(2), torch.zeros(2), x[1, 0]]))
+    assert (conv_buffers(conv), conv_names(conv)) == (6, ["conv_x"])
+
+
+@pytest.mark.parametrize("bound", [None, 0.0, 1e-6, 0.25, 0.9])
+def test_forget_gate_is_exact_over_the_whole_range_of_logits(bound: float | None) -> None:
+    z = torch.linspace(-80, 80, 1601)
+    log_f, rest = forget_gate(z, None if bound is None else torch.full_like(z, bound))
+    for logit, got_log_f, got_rest in zip(z.tolist(), log_f.tolist(), rest.tolist(), strict=True):
+        share = 1 / (1 + math.exp(-logit))
+        closed = (1 - (bound or 0)) / (1 + math.exp(logit))  # 1 - f
+        want = math.log1p(-closed) if closed < 0.5 else math.log((bound or 0) + (1 - (bound or 0)) * share)
+        # float32: relative to the value, and to the size of the logit where the bound cancels it
+        assert got_log_f == pytest.approx(want, rel=1e-5, abs=2e-6 * max(1, -logit) * bool(bound))
+        assert got_rest == pytest.approx(closed, rel=2e-5, abs=1e-37)
+
+
+@pytest.mark.parametrize("logit", [-1000.0, -60.0, -20.0, 0.0, 20.0, 1000.0])
+@pytest.mark.parametrize("bound", [0.0, 1e-9, 0.5])
+def test_forget_gate_has_finite_gradients_at_the_extremes(logit: float, bound: float) -> None:
+    z, lb = torch.tensor([logit], requires_grad=True), torch.tensor([bound], requires_grad=True)
+    log_f, rest = forget_gate(z, lb)
+    (log_f + rest).sum().backward()
+    assert all(t is not None and t.isfinite().all() for t in (log_f, rest, z.grad, lb.grad))
+
+
+def test_forget_gate_gradients_equal_those_of_the_plain_formula() -> None:
+    z, lb = torch.linspace(-6, 6, 25, dtype=torch.float64), torch.full((25,), 0.3, dtype=torch.float64)
+
+    def plain(z: torch.Tensor, lb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        f = lb + (1 - lb) * z.sigmoid()
+        return f.log(), 1 - f
+
+    for index in (0, 1):
+        got, want = (
+            torch.autograd.functional.jacobian(lambda a, b, f=f, index=index: f(a, b)[index].sum(), (z, lb)) for f in (forget_gate, plain)
+        )
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_forget_gate_takes_the_row_of_its_layer() -> None:
+    table = torch.tensor([[0.0, 0.0], [0.25, 0.5], [0.75, 0.9]])
+    for layer in range(3):
+        log_f, rest = ForgetGate(MixerSpec(2, layer=layer), True)(torch.full((1, 1, 2), -100.0), Context(shared={"lower_bound": table}))
+        torch.testing.assert_close(log_f.exp()[0, 0], table[layer], rtol=1e-4, atol=1e-30)
+        torch.testing.assert_close(rest[0, 0], 1 - table[layer])
+
+
+@pytest.mark.parametrize(("conv", "projection_bias", "own"), [(0, True, False), (0, False, True), (4, True, True), (4, False, True)])
+def test_forget_bias_goes_where_it_reaches_the_logit_unchanged(conv: int, projection_bias: bool, own: bool) -> None:
+    gate, projection = ForgetGate(MixerSpec(2, conv=conv, forget_bias=3.0), projection_bias), torch.nn.Linear(2, 6, bias=projection_bias)
+    before = None if projection.bias is None else projection.bias.detach().clone()
+    for _ in range(1 + own):  # its own bias is set, not added to: a second call changes nothing
+        gate.init_bias(projection)
+    assert (gate.bias is not None) == own
+    if own:
+        assert gate.bias is not None
+        assert gate.bias.tolist() == [3.0, 3.0]
+    elif before is not None:
+        torch.testing.assert_close(projection.bias - before, torch.tensor([0.0, 0, 0, 0, 3, 3]))
+
+
+def test_a_gate_without_forget_bias_has_no_parameters() -> None:
+    assert not list(ForgetGate(MixerSpec(2, conv=4), False).parameters())
+
+
+def test_rms_norm_has_unit_mean_square() -> None:
+    y = rms_norm(torch.randn(3, 64, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close((y**2).mean(-1), torch.ones(3), rtol=1e-3, atol=0)

@@ -1,6 +1,6 @@
 """A cell's folder: config, status, lock, curve, checkpoint, rows. Every file is replaced whole, so a kill leaves the old or the new one.
 
-    <results>/cells/<suite>/<key>/config.json  status.json  metrics.jsonl  checkpoint.pt  rows.jsonl  error.txt  lock
+<results>/cells/<suite>/<key>/config.json  status.json  metrics.jsonl  checkpoint.pt  rows.jsonl  error.txt  lock
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Runs one cell: seed, data, model, training, evaluation, rows. A bad cell becomes a row with an outcome and a reason, never an exception."""
+"""Runs one cell: seed, data, model, training, evaluation, rows. A bad cell becomes a row with an outcome and a reason."""
 
 import dataclasses
 import hashlib
@@ -190,7 +190,9 @@ def make_rows(cell: Cell, metrics: Sequence[Metric], status: str, reason: str, f
         return [Row(**shared, split="test", metric=protocol.metric, value=None, num_items=0, floors={})]
     floors = facts.runner.floors if facts.runner else {}
     return [
-        Row(**shared, split=m.split, metric=m.name, value=m.value, num_items=m.num_items, floors=floors if m.name == protocol.metric else {})
+        Row(
+            **shared, split=m.split, metric=m.name, value=m.value, num_items=m.num_items, floors=floors if m.name == protocol.metric else {}
+        )
         for m in metrics
     ]
 

@@ -91,7 +91,7 @@ class Mixer(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no readout")
 
     def state_size(self, seq_len: int, itemsize: int = 4) -> int:
-        """Bytes that decoding holds for one sequence after `seq_len` tokens, buffers included; activations take `itemsize` bytes, recurrent states 4."""
+        """Bytes that decoding holds for one sequence after `seq_len` tokens: states (4 bytes a number) and buffers (`itemsize`)."""
         raise NotImplementedError(f"{type(self).__name__} has no state_size")
 
     def op_flops(self, seq_len: int) -> float:
@@ -127,7 +127,7 @@ def heads_of(d_model: int, head_dim: int, what: str, width: str = "d_model", res
     if head_dim >= 1 and d_model % head_dim == 0:
         return d_model // head_dim
     legal = [n for n in range(1, d_model + 1) if d_model % n == 0]
-    near = sorted(sorted(legal, key=lambda n: abs(n - head_dim))[:2])
+    near = [*[n for n in legal if n < head_dim][-1:], *[n for n in legal if n > head_dim][:1]]
     raise ConfigError(
         f"{width}={d_model} must be a multiple of {what}={head_dim} ({result} = {width} / {what}); nearest legal {what}: "
         + " or ".join(map(str, near))
@@ -135,7 +135,7 @@ def heads_of(d_model: int, head_dim: int, what: str, width: str = "d_model", res
 
 
 def recomputing(module: type[nn.Module]) -> type[Mixer]:
-    """A plain module class, built as `module(d_model, **settings)`, (B, T, D) -> (B, T, D), as a Mixer: it decodes by recomputing all tokens."""
+    """A plain module class, built as `module(d_model, **settings)`, as a Mixer: it decodes by recomputing all tokens."""
 
     class Recomputing(Mixer):
         backends: ClassVar[tuple[str, ...]] = ("chunked",)

@@ -1,5 +1,6 @@
 """What a model costs: parameters, state bytes, FLOPs, decay at initialisation, peak memory."""
 
+import contextlib
 import resource
 from pathlib import Path
 from typing import Any
@@ -96,10 +97,8 @@ class PeakMemory:
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
-            try:
+            with contextlib.suppress(OSError):  # without it the peak counts from the start of the process, which serves several cells
                 Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                pass  # the peak then counts from the start of the process, which serves several cells
 
     def read(self) -> int:
         """The peak so far."""

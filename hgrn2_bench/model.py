@@ -131,6 +131,8 @@ class SequenceModel(nn.Module):
                     nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.num_layers) if is_output else 0.02)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
+            for mixer in self.mixers:
+                mixer.init_forget_bias()
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
@@ -139,7 +141,7 @@ class SequenceModel(nn.Module):
         T = tokens_BT.shape[1]
         x_BTD = self.embedding(tokens_BT)
         if self.position is not None:
-            if T > self.position.num_embeddings:
+            if self.position.num_embeddings < T:
                 raise ValueError(f"{T} tokens, but positions=learned knows only {self.position.num_embeddings}")
             x_BTD = x_BTD + self.position.weight[:T]
         elif self.config.positions == "sinusoid":

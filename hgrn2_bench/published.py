@@ -29,7 +29,8 @@ def verdict(line: dict[str, str], rows: Sequence[Row], protocol: Protocol) -> tu
     reproducing = [name for name, preset in protocol.presets.items() if line["table"] in preset.reproduces]
     if not reproducing:
         return "–", f"not comparable because no preset repeats the protocol of {line['table']}"
-    same = [r for r in rows if r.preset in reproducing and r.metric == line["metric"] and r.split == "test" and _same(line, r)]
+    ours = [r for r in rows if r.preset in reproducing and r.protocol_version == protocol.version]
+    same = [r for r in ours if r.metric == line["metric"] and r.split == "test" and _same(line, r)]
     if not same:
         return "–", f"not comparable because there are no rows of preset {' or '.join(reproducing)} for this model, task and width"
     depth = [r for r in same if not line["layers"] or str(r.settings["num_layers"]) == line["layers"]]
@@ -38,12 +39,13 @@ def verdict(line: dict[str, str], rows: Sequence[Row], protocol: Protocol) -> tu
     known = [r for r in depth if r.status == "ok" and r.value is not None]
     if not known:
         return "–", f"not comparable because our run {depth[0].status}: {depth[0].reason}"
-    if line["unit"] != known[0].unit:
+    percent = (known[0].unit, line["unit"]) == ("fraction", "%")
+    if line["unit"] != known[0].unit and not percent:
         return "–", f"not comparable because ours is in {known[0].unit} and the published one in {line['unit'] or 'no stated unit'}"
     pick = max if protocol.higher_is_better else min
     rates = sorted({float(r.settings["lr"]) for r in known})
     best = pick(rates, key=lambda lr: pick(_values(known, lr)))
-    values = _values(known, best)
+    values = [100 * v if percent else v for v in _values(known, best)]
     target, slack = float(line["value"]), _tolerance(line["note"])
     where = "below" if values[-1] + slack < target else "above" if values[0] - slack > target else "within"
     lost = sum(r.settings["lr"] == best for r in depth) - len(values)

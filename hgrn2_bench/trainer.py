@@ -93,9 +93,7 @@ def learning_rate(config: TrainConfig, step: int, steps: int, steps_per_epoch: i
 class Trainer:
     """Trains one model on one task inside one cell folder."""
 
-    def __init__(
-        self, model: nn.Module, task: TrainableTask, config: TrainConfig, folder: CellFolder, device: str, dtype: str
-    ) -> None:
+    def __init__(self, model: nn.Module, task: TrainableTask, config: TrainConfig, folder: CellFolder, device: str, dtype: str) -> None:
         self.model, self.task, self.config, self.folder, self.device = model, task, config, folder, device
         self.autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
         self.steps = config.epochs * task.steps_per_epoch

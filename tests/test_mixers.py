@@ -1,18 +1,16 @@
 """One contract for every mixer: HGRN2, and each file of `baselines`, in every variant, without and with short convolutions."""
 
-import importlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-import baselines
+from hgrn2_bench import registry
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, MixerState
 
@@ -22,12 +20,9 @@ GATES = ("log_f_BTHK", "log_f_BTH", "log_a_BTD", "dt_BTD", "A_DN")
 
 
 def mixers() -> Iterator[tuple[str, type[Mixer]]]:
-    """Registry name and class of every mixer: the one Mixer that its file defines."""
-    files = sorted(Path(baselines.__path__[0]).glob("*.py"))
-    for module_name in ("hgrn2_bench.hgrn2", *(f"baselines.{f.stem}" for f in files if f.stem != "__init__")):
-        module = importlib.import_module(module_name)
-        (found,) = (c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Mixer) and c.__module__ == module_name)
-        yield module_name.rpartition(".")[2], found
+    """Registry name and class of every registered mixer."""
+    for name in registry.models():
+        yield name, registry.load(name)
 
 
 @dataclass(frozen=True)

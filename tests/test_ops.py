@@ -51,6 +51,7 @@ DECAYS: dict[str, Decay] = {
     "drops": drops,
     "erasures": erasures,
     "strong": partial(constant, -20.0),
+    "zero": partial(constant, -torch.inf),
     "near one": partial(constant, -1e-6),
     "one": partial(constant, 0.0),
 }

@@ -3,6 +3,7 @@
 Shape letters: B batch, T time, H heads, K key, V value, D channels, N states per channel.
 Every implementation module (`reference`, `chunked`, `fla`) has one function per family, named as the record's `family`:
 `f(inputs, state) -> (outputs, final state)`, where a state is a tuple of tensors and None means the start (zeros, or an empty cache).
+Recurrent states are fp32 or wider.
 """
 
 import importlib
@@ -32,7 +33,7 @@ class OpInputs(Protocol):
 
 @dataclass(frozen=True)
 class DecayInputs:
-    """Per-channel decay (HGRN2, GLA): S_t = diag(exp(log_f_t)) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t; state (S_BHKV,), fp32 or wider."""
+    """Per-channel decay (HGRN2, GLA): S_t = diag(exp(log_f_t)) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t; state (S_BHKV,)."""
 
     q_BTHK: Tensor
     k_BTHK: Tensor
@@ -44,13 +45,12 @@ class DecayInputs:
 
     def masked(self, lengths_B: Tensor) -> "DecayInputs":
         """Zero key and log decay at the padding."""
-        keep = valid(lengths_B, self.k_BTHK)
-        return replace(self, k_BTHK=self.k_BTHK * keep, log_f_BTHK=self.log_f_BTHK * keep)
+        return replace(self, k_BTHK=zero_padding(self.k_BTHK, lengths_B), log_f_BTHK=zero_padding(self.log_f_BTHK, lengths_B))
 
 
 @dataclass(frozen=True)
 class ScalarDecayInputs:
-    """Scalar decay per head (RetNet, Mamba2, linear attention): S_t = exp(log_f_t) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t; state (S_BHKV,)."""
+    """Scalar decay per head (RetNet, Mamba2): S_t = exp(log_f_t) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t; state (S_BHKV,)."""
 
     q_BTHK: Tensor
     k_BTHK: Tensor
@@ -62,11 +62,7 @@ class ScalarDecayInputs:
 
     def masked(self, lengths_B: Tensor) -> "ScalarDecayInputs":
         """Zero key and log decay at the padding."""
-        return replace(
-            self,
-            k_BTHK=self.k_BTHK * valid(lengths_B, self.k_BTHK),
-            log_f_BTH=self.log_f_BTH * valid(lengths_B, self.log_f_BTH),
-        )
+        return replace(self, k_BTHK=zero_padding(self.k_BTHK, lengths_B), log_f_BTH=zero_padding(self.log_f_BTH, lengths_B))
 
 
 @dataclass(frozen=True)
@@ -84,9 +80,9 @@ class DiagonalInputs:
 
     def masked(self, lengths_B: Tensor) -> "DiagonalInputs":
         """Zero input, log decay and phase at the padding."""
-        keep = valid(lengths_B, self.log_a_BTD)
-        theta = None if self.theta is None else self.theta * keep
-        return replace(self, x_BTD=self.x_BTD * keep, log_a_BTD=self.log_a_BTD * keep, theta=theta)
+        theta = None if self.theta is None else zero_padding(self.theta.expand(self.log_a_BTD.shape), lengths_B)
+        x_BTD, log_a_BTD = zero_padding(self.x_BTD, lengths_B), zero_padding(self.log_a_BTD, lengths_B)
+        return replace(self, x_BTD=x_BTD, log_a_BTD=log_a_BTD, theta=theta)
 
 
 @dataclass(frozen=True)
@@ -103,7 +99,7 @@ class SelectiveInputs:
 
     def masked(self, lengths_B: Tensor) -> "SelectiveInputs":
         """Zero step size at the padding: the decay is then 1 and the input 0."""
-        return replace(self, dt_BTD=self.dt_BTD * valid(lengths_B, self.dt_BTD))
+        return replace(self, dt_BTD=zero_padding(self.dt_BTD, lengths_B))
 
 
 @dataclass(frozen=True)
@@ -124,11 +120,10 @@ class SoftmaxInputs:
         return replace(self, lengths_B=lengths_B)
 
 
-def valid(lengths_B: Tensor, like: Tensor) -> Tensor:
-    """1 where position t < length, else 0, as (B, T, 1, ...) in the dtype of `like` (B, T, ...)."""
-    T = like.shape[1]
-    keep = torch.arange(T, device=like.device) < lengths_B.to(like.device)[:, None]
-    return keep.to(like.dtype).reshape(like.shape[0], T, *[1] * (like.ndim - 2))
+def zero_padding(x: Tensor, lengths_B: Tensor) -> Tensor:
+    """`x` (B, T, ...) with 0 at positions t >= length, whatever stands there (-inf and NaN too)."""
+    padding_BT = torch.arange(x.shape[1], device=x.device) >= lengths_B.to(x.device)[:, None]
+    return x.masked_fill(padding_BT.reshape(*padding_BT.shape, *[1] * (x.ndim - 2)), 0)
 
 
 def run(inputs: OpInputs, backend: str, state: State | None = None) -> tuple[Tensor, State]:

@@ -75,11 +75,12 @@ def softmax(inputs: SoftmaxInputs, state: State | None) -> tuple[Tensor, State]:
     """
     k_BSHK, v_BSHV = cached_keys(inputs, state)
     dtype = wide_dtype(inputs.q_BTHK, k_BSHK, v_BSHV)
-    scores_BHTS = inputs.scale * torch.einsum("bthk,bshk->bhts", inputs.q_BTHK.to(dtype), k_BSHK.to(dtype))
     visible = visible_keys(inputs, k_BSHK.shape[1])
-    # The lowest finite number, and not -inf, keeps a row without any key free of NaN, backward too; the product then gives its zeros.
-    weights_BHTS = scores_BHTS.masked_fill(~visible, torch.finfo(dtype).min).softmax(-1) * visible
-    o_BTHV = torch.einsum("bhts,bshv->bthv", weights_BHTS, v_BSHV.to(dtype))
+    with torch.autocast(inputs.q_BTHK.device.type, enabled=False):
+        scores_BHTS = inputs.scale * torch.einsum("bthk,bshk->bhts", inputs.q_BTHK.to(dtype), k_BSHK.to(dtype))
+        # The lowest finite number, and not -inf, keeps a row without any key free of NaN, backward too; the product gives its zeros.
+        weights_BHTS = scores_BHTS.masked_fill(~visible, torch.finfo(dtype).min).softmax(-1) * visible
+        o_BTHV = torch.einsum("bhts,bshv->bthv", weights_BHTS, v_BSHV.to(dtype))
     return o_BTHV.to(inputs.v_BTHV.dtype), (k_BSHK, v_BSHV)
 
 

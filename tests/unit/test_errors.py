@@ -13,7 +13,7 @@ MANY = [f"setting_{i}" for i in range(LISTED + 1)]
         ("hgnr2", ["mamba", "hgrn2", "gla"], "Unknown model 'hgnr2'. Did you mean 'hgrn2'? Available: gla, hgrn2, mamba."),
         ("zzz", ["mamba", "hgrn2"], "Unknown model 'zzz'. Available: hgrn2, mamba."),
         ("gla", ["gla", "gla"], "Unknown model 'gla'. Did you mean 'gla'? Available: gla."),
-        ("setting_2O", MANY, "Unknown model 'setting_2O'. Did you mean 'setting_20'?"),
+        ("seting_20", MANY, "Unknown model 'seting_20'. Did you mean 'setting_20'?"),
         ("zzz", MANY, f"Unknown model 'zzz'. Available: {', '.join(sorted(MANY))}."),
     ],
     ids=["near", "far", "repeated", "near of many", "far of many"],

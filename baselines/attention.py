@@ -25,6 +25,7 @@ class Attention(Mixer):
     """Multi-head attention; one head and biases as in zoology's MQAR baseline (HazyResearch/zoology, zoology/mixers/attention.py)."""
 
     version: ClassVar[int] = 1
+    rotary: ClassVar[bool] = True
     family: ClassVar[str] = "softmax"
 
     num_heads: int = 1

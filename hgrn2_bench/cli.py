@@ -40,7 +40,7 @@ def main() -> None:
     """Run the program; bad input prints one line and exits with 2."""
     try:
         registry.check_packages()
-        app(standalone_mode=True)
+        app()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -72,14 +72,19 @@ def run(
         check_results(results)
     finished = {} if force else {cell.key: rows for cell in plan.cells if (rows := CellFolder(results, cell).rows()) is not None}
     todo = [cell for cell in plan.cells if cell.key not in finished]
-    if todo or dry_run:
-        with LocalExecutor(workers or default_workers(plan.cells[0].device)) as executor:
+    count = workers or default_workers(plan.cells[0].device)
+    try:
+        with LocalExecutor(count) as executor:
             descriptions = _describe(executor, plan.cells if dry_run else todo)
             if dry_run:
                 _print_plan(plan, descriptions, finished)
                 return
-            print(_opening(plan, todo, workers or default_workers(plan.cells[0].device)), file=sys.stderr)
-            finished |= _run_cells(executor, todo, descriptions, results, force, timeout or None)
+            if todo:
+                print(_opening(plan, todo, count), file=sys.stderr)
+                finished |= _run_cells(executor, todo, descriptions, results, force, timeout or None)
+    except KeyboardInterrupt:  # while planning; running cells have a stop of their own
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
     rows = [row for cell in plan.cells for row in finished.get(cell.key, [])]
     _print_tables(rows, plan.protocol.name, "md")
     print(f"rows: {results}/cells/{plan.protocol.name}/<cell>/rows.jsonl", file=sys.stderr)
@@ -118,7 +123,7 @@ def _describe(executor: "LocalExecutor", cells: "Sequence[Cell]") -> dict[str, t
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(_alike(cell), []).append(cell)
-    found = executor.describe([group[0] for group in groups.values()], probe=cells[0].device == "cpu")
+    found = executor.describe([group[0] for group in groups.values()], probe=bool(cells) and cells[0].device == "cpu")
     return {cell.key: found[group[0].key] for group in groups.values() for cell in group}
 
 
@@ -163,7 +168,7 @@ def _print_plan(plan: "Plan", descriptions: dict[str, tuple[Any, str]], finished
     from tabulate import tabulate
 
     from hgrn2_bench.console import duration
-    from hgrn2_bench.tables import _bytes, _count
+    from hgrn2_bench.render import byte_count, count
 
     groups: dict[str, list[Cell]] = {}
     for cell in plan.cells:
@@ -178,8 +183,8 @@ def _print_plan(plan: "Plan", descriptions: dict[str, tuple[Any, str]], finished
             continue
         each = duration(about.seconds) if about.seconds is not None else "–"
         seconds += left * (about.seconds or 0)
-        sizes = [_count(about.parameters), _count(about.non_embedding_parameters), _bytes(about.state_bytes)]
-        lines.append([*line, *sizes, about.steps, _count(about.train_flops_per_token * about.tokens), each])
+        sizes = [count(about.parameters), count(about.non_embedding_parameters), byte_count(about.state_bytes)]
+        lines.append([*line, *sizes, about.steps, count(about.train_flops_per_token * about.tokens), each])
     names = ["task", "model", "d_model", "cells", "parameters", "non-embedding", "state", "steps", "train FLOPs", "time a cell (estimate)"]
     print(tabulate(lines, names, tablefmt="github", disable_numparse=True))
     first = plan.cells[0]
@@ -253,8 +258,8 @@ def table(
     published: Annotated[bool, typer.Option("--published", help="Add published values with a verdict.")] = False,
 ) -> None:
     """Print the tables of every row found in a results folder."""
+    from hgrn2_bench.render import FORMATS, render
     from hgrn2_bench.results import find_rows
-    from hgrn2_bench.tables import FORMATS, render
 
     protocol = registry.protocol(suite)
     if form not in FORMATS:
@@ -278,7 +283,8 @@ def table(
 
 
 def _print_tables(rows: "Sequence[Row]", suite: str, form: str, metric: str | None = None) -> None:
-    from hgrn2_bench.tables import make_tables, render
+    from hgrn2_bench.render import render
+    from hgrn2_bench.tables import make_tables
 
     if form == "jsonl":
         for row in rows:

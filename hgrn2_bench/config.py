@@ -41,6 +41,10 @@ class ModelConfig:
         require(self.d_model >= 1, f"d_model={self.d_model} must be at least 1")
         require(self.num_layers >= 1, f"num_layers={self.num_layers} must be at least 1")
         require(self.conv == 0 or self.conv >= 2, f"conv={self.conv} must be 0 (none) or a width of at least 2")
+        wide = self.channel_mixer in ("mlp", "glu")
+        require(
+            wide or self.channel_width == 0, f"channel_width={self.channel_width} has no effect with channel_mixer={self.channel_mixer}"
+        )
         require(self.channel_width >= 0, f"channel_width={self.channel_width} must be 0 (the usual width) or positive")
         for name in ("embed_dropout", "dropout"):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 0 and less than 1")
@@ -183,11 +187,6 @@ def type_name(annotation: Any) -> str:
     if isinstance(annotation, type):
         return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}.get(annotation.__name__, "a value")
     return str(annotation).replace("None", "null").replace(" | ", " or ")
-
-
-def defaults(schema: type) -> dict[str, Any]:
-    """Field names of a schema with their defaults."""
-    return {f.name: (None if f.default is dataclasses.MISSING else f.default) for f in dataclasses.fields(schema)}
 
 
 def schema_of(schemas: Mapping[str, type], key: str) -> tuple[str, type] | None:

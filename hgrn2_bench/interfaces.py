@@ -59,6 +59,8 @@ class Mixer(nn.Module):
     """Has a data-dependent forget gate, so `forget_bias` applies."""
     bounded: ClassVar[bool] = False
     """Takes the learned lower bound of HGRN, so `lower_bound` applies."""
+    rotary: ClassVar[bool] = False
+    """Rotates queries and keys, so `positions=rope` applies."""
     family: ClassVar[str] = ""
     """The recurrence family it runs (`hgrn2_bench.ops.families`); empty for a wrapped plain module."""
     backends: ClassVar[tuple[str, ...]] = ("reference", "chunked", "fla")

@@ -230,6 +230,10 @@ class _CellMaker:
                 if any(w.key == key for w in self.user):
                     self.notes.append(f"{key} has no effect on {self.model.name}: left out")
 
+        if "rope" in axes.get("positions", ()) and not self.model.facts.get("rotary", False):
+            axes["positions"] = tuple(dict.fromkeys("none" if kind == "rope" else kind for kind in axes["positions"]))
+            self.notes.append(f"positions=rope has no effect on {self.model.name}: none")
+
     def _cell(self, values: dict[str, Any], axes: Mapping[str, tuple[Any, ...]]) -> Cell:
         schemas = sections(self.protocol)
         built = {section: schema(**_own(schema, values)) for section, schema in schemas.items()}

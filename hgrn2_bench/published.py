@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hgrn2_bench.protocol import Protocol
+from hgrn2_bench.render import Column, Table
 from hgrn2_bench.results import Row
-from hgrn2_bench.tables import Column, Table
 
 TOLERANCE = 0.01
 """Reading error of a value taken off a figure, unless its note says another."""

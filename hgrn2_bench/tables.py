@@ -5,42 +5,21 @@ note says why. Within a table, runs that differ only in seed are one line, and t
 the selection split. A failed run counts as the worst value; it is never dropped.
 """
 
-import csv
-import html
-import io
 import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hgrn2_bench.protocol import Protocol
+from hgrn2_bench.render import Column, Score, Table, byte_count, count, short
 from hgrn2_bench.results import Row
 
-FORMATS = ("md", "csv", "latex", "html", "jsonl")
 PAIRS_NEEDED = 5
 """Paired seeds from which two models may be called not distinguishable."""
 SHOWN_BY_COLUMN = ("conv", "positions", "seed")
-
-
-@dataclass(frozen=True)
-class Column:
-    """A heading and how its values are shown to a person; csv keeps them raw."""
-
-    name: str
-    show: Callable[[Any], str] = str
-
-
-@dataclass(frozen=True)
-class Table:
-    """A title, columns, lines of raw values, and the notes below."""
-
-    title: str
-    columns: tuple[Column, ...]
-    lines: tuple[tuple[Any, ...], ...]
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -111,7 +90,7 @@ def _why_apart(part: Sequence[Run], parts: Sequence[Sequence[Run]]) -> list[str]
         return []
     shared = [{k: v for k, v in p[0].row.settings.items() if all(r.row.settings.get(k) == v for r in p)} for p in parts]
     mine = shared[[p is part for p in parts].index(True)]
-    here = [f"{key} {_short(value)}" for key, value in mine.items() if any(key in s and s[key] != value for s in shared)]
+    here = [f"{key} {short(value)}" for key, value in mine.items() if any(key in s and s[key] != value for s in shared)]
     which = ", ".join(here) or f"data hash {', '.join(sorted({r.row.data_hash for r in part if r.row.data_hash}))}"
     return [f"rows of the same seed but other data (data hash) are in a table of their own; this one: {which}"]
 
@@ -222,8 +201,8 @@ def summary(line: Line, solved: float | None) -> str:
     worst = -math.inf if higher else math.inf
     known = [worst if v is None else v for v in line.values]
     middle, low, high = (f"{v:.3f}" if math.isfinite(v) else "–" for v in (line.middle, min(known), max(known)))
-    count = sum(v >= solved if higher else v <= solved for v in known)
-    return f"{middle} [{low}, {high}], solved {count}/{len(known)}"
+    reached = sum(v >= solved if higher else v <= solved for v in known)
+    return f"{middle} [{low}, {high}], solved {reached}/{len(known)}"
 
 
 def half_interval(values: Sequence[float]) -> float:
@@ -270,17 +249,22 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
     best = next((line for line in lines if learned(line)), None)
     one_device = len({run.row.device_name for line in lines for run in line.runs if run.value is not None}) <= 1
     tuned = [key for key in protocol.tuned if any(line.searched or line.tuned[key] != lines[0].tuned[key] for line in lines)]
-    columns = [Column("model"), *(Column(key, _short) for key in (*varying, *tuned))]
-    columns += [Column("parameters", _count), Column("non-embedding", _count), Column("state", _bytes), Column("train FLOPs/token", _count)]
+    columns = [Column("model"), *(Column(key, short) for key in (*varying, *tuned))]
+    columns += [
+        Column("parameters", count),
+        Column("non-embedding", count),
+        Column("state", byte_count),
+        Column("train FLOPs/token", count),
+    ]
     columns += [Column("local mixing"), Column("positions"), Column(f"{metric}, seed{'s' * (len(seeds) > 1)} {_listed(seeds)}")]
-    columns += [Column("tokens/s", _count)] * one_device + [Column("status")]
+    columns += [Column("tokens/s", count)] * one_device + [Column("status")]
     body = [
         (
             line.first.model,
             *(_settings(line.first).get(key) for key in varying),
             *(line.tuned.get(key) for key in tuned),
             *_costs(line.first),
-            summary(line, protocol.solved),
+            Score(summary(line, protocol.solved), {run.row.seed: run.value for run in line.runs}),
             *([_speed(line)] * one_device),
             _status(line, best, seeds),
         )
@@ -325,7 +309,7 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
     floors = next((row.floors for row in rows if row.floors), {})
     if floors:
         notes.append("floors: " + "; ".join(f"{name} {value:.3f}" for name, value in floors.items()))
-    budget = ("lr", "batch_size", "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
+    budget = ("lr", "batch_size", "train_examples", "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
     same = {key: {json.dumps(row.settings.get(key)) for row in rows} for key in budget}
     fixed = [f"{key} {json.loads(next(iter(v)))}" for key, v in same.items() if len(v) == 1]
     if fixed:
@@ -354,47 +338,3 @@ def _warn_test(select: Sequence[str]) -> str:
 
 def _listed(seeds: Sequence[int]) -> str:
     return ", ".join(map(str, seeds))
-
-
-def _short(value: Any) -> str:
-    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _count(value: float | None) -> str:
-    """`41.2k`: three digits and a factor."""
-    if value is None:
-        return "–"
-    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= 0.9995 * factor:  # what three digits round up to it
-            return f"{value / factor:.3g}{letter}"
-    return f"{value:.3g}"
-
-
-def _bytes(value: float | None) -> str:
-    return "–" if value is None else f"{_count(value)}B"
-
-
-def render(table: Table, form: str) -> str:
-    """A table as `md`, `csv`, `latex` or `html` text; notes follow, except in csv."""
-    from tabulate import tabulate
-
-    names = [column.name for column in table.columns]
-    if form == "csv":
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([names, *table.lines])
-        return text.getvalue()
-    body = [[" ".join(column.show(value).split()) for column, value in zip(table.columns, line, strict=True)] for line in table.lines]
-    if form == "md":
-        names, body = [_piped(name) for name in names], [[_piped(text) for text in line] for line in body]
-    kind = {"md": "github", "latex": "latex_booktabs", "html": "html"}[form]
-    grid = tabulate(body, names, tablefmt=kind, disable_numparse=True)
-    if form == "md":
-        return "\n".join([f"**{table.title}**", "", grid, "", *(f"- {note}" for note in table.notes), ""])
-    if form == "html":
-        return "\n".join([f"<p>{html.escape(table.title)}</p>", grid, *(f"<p>{html.escape(note)}</p>" for note in table.notes), ""])
-    return "\n".join([f"% {table.title}", grid, *(f"% {note}" for note in table.notes), ""])
-
-
-def _piped(text: str) -> str:
-    """Text whose bars do not end a Markdown cell."""
-    return text.replace("|", r"\|")

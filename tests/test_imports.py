@@ -14,14 +14,29 @@ FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob(
 HEAVY = {"torch", "fla", "pandas", "scipy", "triton", "transformers", "numpy"}
 OURS = {
     "ops": ("hgrn2_bench.ops", "hgrn2_bench.errors"),
-    "tables": ("hgrn2_bench.results", "hgrn2_bench.protocol"),
+    "tables": ("hgrn2_bench.results", "hgrn2_bench.protocol", "hgrn2_bench.render"),
+    "render": (),
     "results": (),
     "provenance": (),
     "errors": (),
     "protocol": (),
 }
 """Parts of the core, and the only modules of ours that each may import."""
-LIGHT = ("cli", "config", "errors", "protocol", "registry", "plan", "results", "tables", "published", "provenance", "cells", "executor")
+LIGHT = (
+    "cli",
+    "config",
+    "errors",
+    "protocol",
+    "registry",
+    "plan",
+    "results",
+    "tables",
+    "render",
+    "published",
+    "provenance",
+    "cells",
+    "executor",
+)
 
 
 class Import(NamedTuple):

@@ -125,7 +125,7 @@ SMALL_STACK = (
     "tie_embeddings=false",
     "embed_std=1.0",
     "gla.num_heads=1",  # one head, as HGRN2 and attention have at this width
-    "lr=3e-3",
+    "lr=5e-3",  # the one rate at which all five seeds of every mixer but HGRN1 learn (32, 4); Mamba needs it, the others learn at 3e-3 too
     "weight_decay=0.1",
     "schedule=cosine",
     "warmup=0.1",
@@ -134,10 +134,10 @@ SMALL_STACK = (
 )
 
 SMOKE = Preset(
-    summary="real task, tiny scale: V=32, L=32, k=4, two layers of width 64, 1,500 steps of fresh examples, CPU",
-    source="ours: one setting in which every mixer that can learn the task does so in under two CPU minutes",
-    words=(*SMALL_STACK, "seed=0,1", "train_examples=48_000", "eval_every=50", "stop_at=0.995"),
-    tasks=setting(32, 4),
+    summary="real task, tiny scale: V=32, L=32, k=4 and 8, two layers of width 64, 1,500 steps of fresh examples, CPU",
+    source="ours: 4 pairs, which every mixer can learn in a CPU minute, and 8, which shows whose state is too small",
+    words=(*SMALL_STACK, "seed=0,1", "train_examples=48_000", "validation_examples=500", "eval_every=100", "stop_at=0.995"),
+    tasks={**setting(32, 4), **setting(32, 8)},
 )
 
 TEST = Preset(

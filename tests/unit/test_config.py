@@ -12,7 +12,6 @@ from hgrn2_bench.config import (
     ModelConfig,
     TrainConfig,
     convert,
-    defaults,
     parse_words,
     require,
     schema_of,
@@ -267,10 +266,6 @@ def test_schema_of_finds_the_section_of_a_key():
     assert schema_of(schemas, "lr") == ("train", TrainConfig)
     assert schema_of(schemas, "conv") == ("model_config", ModelConfig)
     assert schema_of(schemas, "vocab_size") is None
-
-
-def test_defaults_gives_every_field():
-    assert defaults(CellConfig) == {"seed": 0, "backend": "auto", "dtype": "float32"}
 
 
 @pytest.mark.parametrize(

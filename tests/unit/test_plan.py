@@ -445,6 +445,16 @@ def test_every_cell_records_a_resolved_backend_and_device(with_fla):
     assert {c.device for c in cells(ALL_MODELS, device="cuda")} == {"cuda"}
 
 
+@pytest.mark.parametrize("name", registry.models())
+def test_rope_is_kept_only_where_it_is_built(name):
+    kinds = {c.model_config.positions for c in cells(f"model={name}", "positions=none,rope")}
+    assert kinds == ({"none", "rope"} if name == "attention" else {"none"})
+
+
+def test_rope_without_effect_is_noted():
+    assert any("positions=rope has no effect on hgrn2" in note for note in planned("model=hgrn2", "positions=rope").notes)
+
+
 # keys
 
 
@@ -457,7 +467,7 @@ def changed(value, choices):
     return value + 2 if isinstance(value, int) else value / 2 + 0.01 if isinstance(value, float) else f"{value}x"
 
 
-BASE = one("model=hgrn2", "lower_bound=exclusive")
+BASE = one("model=hgrn2", "lower_bound=exclusive", "channel_mixer=glu")
 SECTIONS = ("model_config", "train", "data")
 INNER = [(section, f.name) for section in SECTIONS for f in dataclasses.fields(getattr(BASE, section))]
 OUTER = [f.name for f in dataclasses.fields(Cell) if f.name not in (*SECTIONS, "settings", "model_ref", "command")]

@@ -10,7 +10,7 @@ from test_results import failed, row
 import hgrn2_bench.published
 from hgrn2_bench.protocol import Preset, Protocol
 from hgrn2_bench.published import published, published_table, verdict
-from hgrn2_bench.tables import render
+from hgrn2_bench.render import render
 
 FILE = Path(hgrn2_bench.published.__file__).with_name("published.csv")
 COLUMNS = ["suite", "table", "task", "metric", "higher_is_better", "model", "params_m", "layers", "value", "unit", "source", "note"]

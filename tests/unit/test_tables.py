@@ -11,7 +11,8 @@ import pytest
 from test_results import failed, row
 
 from hgrn2_bench.protocol import Protocol
-from hgrn2_bench.tables import Column, Table, half_interval, make_tables, render
+from hgrn2_bench.render import Column, Score, Table, render
+from hgrn2_bench.tables import half_interval, make_tables
 
 LRS = (1e-4, 1e-3, 1e-2)
 
@@ -52,7 +53,8 @@ def only(rows, of=BIMODAL, metric=None):
 def lines(table):
     """Each line as heading to value, the metric's column called `value`."""
     names = ["value" if ", seed" in c.name else c.name for c in table.columns]
-    return [dict(zip(names, line, strict=True)) for line in table.lines]
+    shown = [[v.text if isinstance(v, Score) else v for v in line] for line in table.lines]
+    return [dict(zip(names, line, strict=True)) for line in shown]
 
 
 def line(rows, of=BIMODAL):
@@ -587,17 +589,22 @@ def test_markdown_is_one_line_per_line_whatever_a_reason_holds():
 def test_csv_keeps_raw_values():
     table = only([*run(0.9, settings={"lr": 1e-3, "d_model": 64}), *run(0.8, settings={"lr": 1e-2, "d_model": 128}, model="gla")])
     names, *body = csv.reader(io.StringIO(render(table, "csv")))
-    assert names == [c.name for c in table.columns]
+    assert names == ["table", *("accuracy seed 0" if ", seed" in c.name else c.name for c in table.columns)]
     first = dict(zip(names, body[0], strict=True))
     assert [first[k] for k in ("parameters", "state", "train FLOPs/token", "tokens/s")] == ["41234", "32768", "250000.0", "25600.0"]
-    assert first["d_model"] == "64"
+    assert (first["d_model"], first["accuracy seed 0"], first["table"]) == ("64", "0.9", table.title)
     assert len(body) == 2
+
+
+def test_csv_has_a_column_for_each_seed_and_leaves_failures_empty():
+    names, *body = csv.reader(io.StringIO(render(only(seeds(0.25, None, 0.75)), "csv")))
+    assert [dict(zip(names, body[0], strict=True))[f"accuracy seed {s}"] for s in range(3)] == ["0.25", "", "0.75"]
 
 
 def test_csv_quotes_what_it_must():
     names, *body = csv.reader(io.StringIO(render(SHOWN, "csv")))
-    assert names == ["model", "share|all", "status"]
-    assert body == [["hgrn2", "0.125", "ok"], ["gla", "", "failed 1/1: a | b\nc <d> & e_f 100%"]]
+    assert names == ["table", "model", "share|all", "status"]
+    assert body == [["a title <1>", "hgrn2", "0.125", "ok"], ["a title <1>", "gla", "", "failed 1/1: a | b\nc <d> & e_f 100%"]]
 
 
 def test_latex_escapes_what_it_must():

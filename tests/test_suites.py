@@ -1,0 +1,119 @@
+"""One contract for every registered suite, run with its preset `test`: plan, data, training, rows, table."""
+
+import dataclasses
+import json
+import time
+
+import pytest
+import torch
+
+from hgrn2_bench import engine, registry
+from hgrn2_bench.cells import CellFolder
+from hgrn2_bench.plan import make_plan
+from hgrn2_bench.render import render
+from hgrn2_bench.results import Row, parse_row
+from hgrn2_bench.tables import make_tables
+
+SUITES = sorted(registry.suites())
+
+
+def plan_of(suite, *words):
+    return make_plan([f"suite={suite}", "preset=test", *words], "cpu")
+
+
+def run(cell, folder):
+    made = CellFolder(folder, cell)
+    with made.lock():
+        return engine.run_cell(cell, made, lambda *_: None, lambda: False)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_protocol_is_complete(suite):
+    protocol = registry.protocol(suite)
+    assert {"test", "smoke", "paper"} <= set(protocol.presets)
+    assert registry.suite_summary(suite)
+    for preset in protocol.presets.values():
+        assert preset.summary
+        assert preset.source
+        assert preset.tasks
+    for name in ("test", "smoke", "paper"):
+        assert make_plan([f"suite={suite}", f"preset={name}"], "cpu").cells
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_preset_test_runs_every_model_and_its_rows_make_a_table(suite, tmp_path):
+    began = time.perf_counter()
+    plan = plan_of(suite, f"model={','.join(registry.models())}")
+    rows = [row for cell in plan.cells for row in run(cell, tmp_path)]
+    assert time.perf_counter() - began < 30  # 15 s on one core, with slack for a busy machine
+    assert {row.status for row in rows} == {"ok"}, [row.reason for row in rows]
+    assert {row.model for row in rows} == set(registry.models())
+    assert {row.split for row in rows} == {"validation", "test"}
+    for row in rows:
+        assert parse_row(row.to_json()) == row
+        assert row.command.startswith("python -m hgrn2_bench run ")
+        assert min(row.parameters, row.state_bytes, row.train_flops_per_token, row.steps, row.tokens, row.num_items, row.peak_bytes) > 0
+        assert row.data_hash
+        assert row.weights_hash
+        assert {"kernel", "positions", "local_mixing", "median_decay_at_init", "state_dtype"} <= set(row.effective)
+    for seed in {row.seed for row in rows}:
+        assert len({(row.task, row.data_hash) for row in rows if row.seed == seed}) == len({row.task for row in rows})
+    tables = make_tables(rows, registry.protocol(suite))
+    assert len(tables) == len({row.task for row in rows})
+    for form in ("md", "csv", "latex", "html"):
+        assert render(tables[0], form)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_same_cell_twice_gives_the_same_rows(suite, tmp_path):
+    cell = plan_of(suite, "model=hgrn2").cells[0]
+    first, second = run(cell, tmp_path / "a"), run(cell, tmp_path / "b")
+    for one, other in zip(first, second, strict=True):
+        kept = [{k: v for k, v in json.loads(row.to_json()).items() if k not in Row.VOLATILE} for row in (one, other)]
+        assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_another_seed_gives_other_weights(suite, tmp_path):
+    rows = [run(cell, tmp_path)[0] for cell in plan_of(suite, "model=hgrn2", "seed=1,2").cells]
+    assert rows[0].weights_hash != rows[1].weights_hash
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_runner_leaves_global_random_state_alone(suite):
+    cell = plan_of(suite, "model=hgrn2").cells[0]
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    engine.runner_class(cell)(cell)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_batches_are_a_function_of_the_step_alone(suite):
+    cell = plan_of(suite, "model=hgrn2").cells[0]
+    model = engine.build(cell).eval()
+    one, other = engine.runner_class(cell)(cell), engine.runner_class(cell)(cell)
+    for step in (3, 0, 1):
+        later = one.loss(model, step)
+    assert torch.equal(later, other.loss(model, 1))
+    assert torch.equal(one.loss(model, 1 + one.steps_per_epoch), other.loss(model, 1))
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_description_agrees_with_the_rows(suite, tmp_path):
+    cell = plan_of(suite, "model=hgrn2").cells[0]
+    described = engine.describe(cell, probe=True)
+    row = run(cell, tmp_path)[0]
+    assert described.seconds > 0
+    assert described.parameters == row.parameters
+    assert described.state_bytes == row.state_bytes
+    assert (described.steps, described.tokens) == (row.steps, row.tokens)
+    assert dict(described.effective) == dict(row.effective)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_short_last_batch_is_scored_and_trained_on(suite, tmp_path):
+    cell = plan_of(suite, "model=attention").cells[0]
+    odd = dataclasses.replace(cell, train=dataclasses.replace(cell.train, batch_size=7, eval_batch_size=5))
+    rows = run(odd, tmp_path)
+    assert {row.num_items for row in rows} == {row.num_items for row in run(cell, tmp_path)}

@@ -14,7 +14,7 @@ import pytest
 from hgrn2_bench.results import Row, find_rows
 
 TEST = ("run", "suite=mqar", "preset=test")
-SLOW = (*TEST, "model=hgrn2", "train_examples=64_000", "--workers", "1")  # 2,000 steps, several seconds
+SLOW = (*TEST, "model=hgrn2", "train_examples=32_000", "--workers", "1")  # 1,000 steps, several seconds
 
 
 def command(*words):

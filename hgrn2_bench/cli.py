@@ -68,14 +68,14 @@ def run(
     plan = make_plan(words, _device(device))
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
-    if not dry_run:
-        check_results(results)
     finished = {} if force else {cell.key: rows for cell in plan.cells if (rows := CellFolder(results, cell).rows()) is not None}
     todo = [cell for cell in plan.cells if cell.key not in finished]
+    if todo and not dry_run:
+        check_results(results)
     count = workers or default_workers(plan.cells[0].device)
     try:
         with LocalExecutor(count) as executor:
-            descriptions = _describe(executor, plan.cells if dry_run else todo)
+            descriptions = _describe(executor, plan.cells if dry_run else todo, probe=dry_run and plan.cells[0].device == "cpu")
             if dry_run:
                 _print_plan(plan, descriptions, finished)
                 return
@@ -118,20 +118,13 @@ def _alike(cell: "Cell") -> str:
     return json.dumps(content | {"train": content["train"] | {"lr": 0}}, sort_keys=True)
 
 
-def _describe(executor: "LocalExecutor", cells: "Sequence[Cell]") -> dict[str, tuple[Any, str]]:
+def _describe(executor: "LocalExecutor", cells: "Sequence[Cell]", probe: bool) -> dict[str, tuple[Any, str]]:
     """A description for each cell's key, made once for cells that are alike."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(_alike(cell), []).append(cell)
-    found = executor.describe([group[0] for group in groups.values()], probe=bool(cells) and cells[0].device == "cpu")
+    found = executor.describe([group[0] for group in groups.values()], probe)
     return {cell.key: found[group[0].key] for group in groups.values() for cell in group}
-
-
-def _cost(description: Any) -> float:
-    """Expected cost of a cell: seconds where they were probed, else training FLOPs."""
-    if description is None:
-        return 1.0
-    return float(description.seconds or description.train_flops_per_token * description.tokens / 1e12)
 
 
 def _run_cells(
@@ -145,7 +138,8 @@ def _run_cells(
     """Run the cells, the dearest first, and return their rows; Ctrl-C checkpoints what runs and exits with 130."""
     from hgrn2_bench.console import Monitor
 
-    costs = {cell.key: _cost(descriptions[cell.key][0]) for cell in todo}
+    about = {cell.key: descriptions[cell.key][0] for cell in todo}
+    costs = {key: d.train_flops_per_token * d.tokens / 1e12 if d else 1.0 for key, d in about.items()}
     ordered = sorted(todo, key=lambda cell: -costs[cell.key])
     found: dict[str, list[Row]] = {}
     with Monitor(costs) as monitor:

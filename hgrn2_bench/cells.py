@@ -1,6 +1,8 @@
-"""A cell's folder: config, status, lock, curve, checkpoint, rows. Every file is replaced whole, so a kill leaves the old or the new one.
+"""A cell's folder: config, status, curve, checkpoint, rows, and its lock beside it.
 
-<results>/cells/<suite>/<key>/config.json  status.json  metrics.jsonl  checkpoint.pt  rows.jsonl  error.txt  lock
+`<results>/cells/<suite>/<key>/` holds config.json, status.json, metrics.jsonl, checkpoint.pt, rows.jsonl and error.txt; the lock is the
+file `<key>.lock`. The curve is appended to, and cut back to the checkpoint on resume; every other file is replaced whole, so that a kill
+leaves the old one or the new one.
 """
 
 import contextlib
@@ -18,7 +20,7 @@ from hgrn2_bench.plan import Cell
 from hgrn2_bench.results import Row, read_rows
 
 FINAL = ("ok", "skipped", "diverged")
-"""Outcomes that a rerun keeps; failed, oom and timeout are tried again."""
+"""Outcomes that a rerun keeps; failed, oom and timeout are tried again, from their checkpoint where they have one."""
 
 
 class LockedError(Exception):
@@ -61,10 +63,15 @@ class CellFolder:
         self.checkpoint = self.path / "checkpoint.pt"
 
     def rows(self) -> list[Row] | None:
-        """The rows of a finished cell; None where it is unfinished, or where anything in it is damaged."""
+        """The rows of a finished cell; None where it is unfinished, or where anything in it is damaged.
+
+        ConfigError where a newer program wrote them: they are neither damaged nor readable.
+        """
         if self.status().get("outcome") not in FINAL:
             return None
         rows, problems = read_rows(self.path / "rows.jsonl")
+        if newer := [text for text in problems if "is newer than this program" in text]:
+            raise ConfigError(newer[0])
         return rows if rows and not problems and all(row.cell == self.cell.key for row in rows) else None
 
     def status(self) -> dict[str, Any]:
@@ -75,7 +82,7 @@ class CellFolder:
         """What is wrong with an existing folder, in words; empty for a new or healthy one."""
         if not self.path.exists():
             return ""
-        if read_json(self.path / "config.json") != json.loads(json.dumps(self.cell.to_json())) and not self._same_key():
+        if not self._same_key():
             return "config.json is missing, damaged or of another cell"
         if self.status().get("outcome") in FINAL and self.rows() is None:
             return "rows.jsonl is damaged"
@@ -111,6 +118,8 @@ class CellFolder:
                 temporary.mkdir()
                 replace_file(temporary / "config.json", json.dumps(self.cell.to_json(), indent=1))
                 temporary.rename(self.path)
+            for leftover in self.path.glob("*.tmp*"):  # of a killed writer
+                leftover.unlink()
             yield remark
 
     def start_over(self) -> None:
@@ -118,9 +127,15 @@ class CellFolder:
         for name in ("status.json", "rows.jsonl", "metrics.jsonl", "checkpoint.pt", "error.txt"):
             (self.path / name).unlink(missing_ok=True)
 
+    def begin(self) -> None:
+        """Mark the cell as running; what an earlier try reached stays noted."""
+        (self.path / "error.txt").unlink(missing_ok=True)
+        self.set_status("running")
+
     def set_status(self, outcome: str, **facts: Any) -> None:
-        """Record where the cell stands: `running`, `interrupted`, or a final outcome."""
-        replace_file(self.path / "status.json", json.dumps({"outcome": outcome, **facts}))
+        """Record where the cell stands (`running`, `interrupted`, or its outcome), keeping the last checkpoint's step."""
+        kept = {key: value for key, value in self.status().items() if key in ("step", "steps")}
+        replace_file(self.path / "status.json", json.dumps({**kept, "outcome": outcome, **facts}))
 
     def finish(self, rows: list[Row]) -> None:
         """Write the rows, then the outcome; the checkpoint of a finished cell is no longer needed."""

@@ -4,7 +4,6 @@ Imports no torch, fla or pandas: cells run in worker processes, and listing read
 """
 
 import json
-import os
 import sys
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RESULTS = Path("results/local")
 DEVICES = ("auto", "cpu", "cuda")
+STATE_FILES = ("config.json", "status.json", "metrics.jsonl")
 
 app = typer.Typer(
     help="Compare HGRN2 with its baselines: one command, one definition of each mixer, one table.",
@@ -44,8 +44,6 @@ def main() -> None:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # `| head` closed our output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.command()
@@ -77,7 +75,7 @@ def run(
         with LocalExecutor(count) as executor:
             descriptions = _describe(executor, plan.cells if dry_run else todo, probe=dry_run and plan.cells[0].device == "cpu")
             if dry_run:
-                _print_plan(plan, descriptions, finished)
+                _print_plan(plan, descriptions, finished, count)
                 return
             if todo:
                 print(_opening(plan, todo, count), file=sys.stderr)
@@ -152,12 +150,12 @@ def _run_cells(
             monitor.say("stopping: running cells write a checkpoint")
             for event in executor.stop():
                 monitor.hear(event)
-            monitor.say("stopped; the same command continues")
+            monitor.say(f"stopped; the same command{' without --force' * force} continues")
             sys.exit(130)
     return found
 
 
-def _print_plan(plan: "Plan", descriptions: dict[str, tuple[Any, str]], finished: "dict[str, list[Row]]") -> None:
+def _print_plan(plan: "Plan", descriptions: dict[str, tuple[Any, str]], finished: "dict[str, list[Row]]", workers: int) -> None:
     """The plan: one line for each group of cells that differ in seed and learning rate only."""
     from tabulate import tabulate
 
@@ -184,9 +182,7 @@ def _print_plan(plan: "Plan", descriptions: dict[str, tuple[Any, str]], finished
     first = plan.cells[0]
     print(f"\n{len(plan.cells)} cells, {first.device}, {first.dtype}; protocol version {first.protocol_version}")
     if first.device == "cpu":
-        from hgrn2_bench.executor import default_workers
-
-        print(f"estimate without early stops: {duration(seconds / default_workers('cpu'))} on {default_workers('cpu')} cores")
+        print(f"estimate without early stops: {duration(seconds / workers)} with {workers} worker{'s' * (workers > 1)}")
 
 
 @app.command(name="list")
@@ -258,6 +254,8 @@ def table(
     protocol = registry.protocol(suite)
     if form not in FORMATS:
         raise unknown("format", form, FORMATS)
+    if form == "jsonl" and published:
+        raise ConfigError("--format jsonl prints our own rows; published values come as md, csv, latex or html")
     if preset and preset not in protocol.presets:
         raise unknown(f"preset of {suite}", preset, protocol.presets)
     rows, problems = find_rows(results, suite)
@@ -307,7 +305,7 @@ def status(results: Results = DEFAULT_RESULTS) -> None:
         outcome = state.get("outcome", "not started")
         if outcome in ("running", "interrupted"):
             outcome = "running" if is_locked(path) else "interrupted"
-            age = time.time() - max(file.stat().st_mtime for file in path.iterdir())
+            age = time.time() - max(file.stat().st_mtime for name in STATE_FILES if (file := path / name).exists())
             running.append(
                 f"{outcome}: {config['model']} {config['task']} seed {config['seed']}, step {state.get('step', 0)} of "
                 f"{state.get('steps', '?')} at the last checkpoint, last written {age:.0f} s ago"

@@ -174,6 +174,8 @@ def convert(schema: type, key: str, value: Any, shown: str) -> Any:
         result = config[key]
     except (OmegaConfBaseException, OverflowError):
         raise ConfigError(f"{shown}={'null' if value is None else value}: expected {type_name(spec.type)}") from None
+    if isinstance(result, bool) and value not in (0, 1) and not isinstance(value, str):
+        raise ConfigError(f"{shown}={value}: expected true or false")
     if isinstance(result, float) and not math.isfinite(result):
         raise ConfigError(f"{shown}={value}: expected a finite number")
     choices = spec.metadata.get("choices")

@@ -1,6 +1,5 @@
 """What a run says while it works: a progress bar with ETA on a terminal, plain lines elsewhere; always on standard error."""
 
-import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -13,6 +12,8 @@ from hgrn2_bench.plan import Cell
 from hgrn2_bench.results import Row
 
 PLAIN_EVERY_S = 15.0
+FIRST_REPORT = 50
+"""A cell whose first word comes from a later step was resumed."""
 
 
 def duration(seconds: float) -> str:
@@ -29,6 +30,8 @@ class Monitor:
     def __init__(self, weights: Mapping[str, float]) -> None:
         self.weights = weights
         self.share: dict[str, float] = {}
+        self.start: dict[str, float] = {}
+        """Share that a resumed cell had before this run."""
         self.finished = 0
         self.began = self.said = time.monotonic()
         self.console = Console(stderr=True, highlight=False)
@@ -49,8 +52,8 @@ class Monitor:
 
     def eta(self) -> str:
         """Time left in words, from the share of expected cost done so far; empty before anything is done."""
-        done = sum(self.weights[key] * share for key, share in self.share.items())
-        left = sum(self.weights.values()) - done
+        done = sum(self.weights[key] * (share - self.start.get(key, 0.0)) for key, share in self.share.items())
+        left = sum(self.weights[key] * (1 - self.share.get(key, 0.0)) for key in self.weights)
         return f"about {duration((time.monotonic() - self.began) * left / done)} left" if done > 0 else ""
 
     def say(self, text: str) -> None:
@@ -62,6 +65,7 @@ class Monitor:
         key, cell = event.cell.key, event.cell
         if event.kind == "progress":
             step, steps, text = event.content
+            self.start.setdefault(key, 0.0 if step <= FIRST_REPORT else step / steps)
             self.share[key] = step / steps
             self._show_running(cell, step / steps, f"step {step}/{steps} {text}")
         elif event.kind == "note":
@@ -114,8 +118,3 @@ def result(rows: list[Row]) -> str:
     if row.status != "ok" or row.value is None:
         return f"{row.status} ({row.reason})"
     return f"{row.metric} {row.value:.3f} after {row.steps} steps in {duration(row.wall_s)}"
-
-
-def error_line(text: str) -> None:
-    """One line on standard error."""
-    print(f"error: {text}", file=sys.stderr)

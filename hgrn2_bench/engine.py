@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import importlib
+import json
 import statistics
 import time
 import traceback
@@ -41,8 +42,6 @@ class Runner(TrainableTask, Protocol):
     """What a suite's `runner.py` offers as its class `Runner`: one cell's data, loss and metrics."""
 
     data_hash: str
-    floors: Mapping[str, float]
-    """Value of the primary metric that needs no learning, by name."""
     truncated: int
     skipped: int
 
@@ -78,9 +77,9 @@ def build(cell: Cell) -> SequenceModel:
     return runner_class(cell).build(cell)
 
 
-def describe(cell: Cell, probe: bool) -> Description:
-    """Build the cell's model and say what it is and costs; `probe` times small training steps, for CPU cells."""
-    model, shape = build(cell), runner_class(cell).shape(cell)
+def describe(cell: Cell, model: SequenceModel, probe: bool = False) -> Description:
+    """What a cell's model is and costs; `probe` times it forward and backward on few random tokens of the CPU."""
+    shape = runner_class(cell).shape(cell)
     steps, tokens = cell.train.epochs * shape.steps_per_epoch, cell.train.epochs * shape.tokens_per_epoch
     return Description(
         *measure.parameters(model),
@@ -88,9 +87,15 @@ def describe(cell: Cell, probe: bool) -> Description:
         train_flops_per_token=measure.train_flops_per_token(model, shape.seq_len, shape.labels_per_token),
         steps=steps,
         tokens=tokens,
-        effective=measure.effective(model),
+        effective=plain(measure.effective(model)),
         seconds=_probe(cell, model, shape) * tokens if probe else None,
     )
+
+
+def plain(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts as JSON holds them: a model's own objects as text, NaN as null."""
+    content: dict[str, Any] = json.loads(json.dumps(dict(facts), default=str), parse_constant=lambda _: None)
+    return content
 
 
 def itemsize(cell: Cell) -> int:
@@ -121,21 +126,25 @@ class Facts:
     progress: Progress = dataclasses.field(default_factory=Progress)
     peak_bytes: int | None = None
     weights_hash: str = ""
+    workers: int = 1
 
 
-def run_cell(cell: Cell, folder: CellFolder, report: Callable[[int, int, str], None], stop: Callable[[], bool]) -> list[Row]:
-    """Run a cell whose folder the caller has locked, write its rows, and return them.
+def run_cell(
+    cell: Cell, folder: CellFolder, report: Callable[[int, int, str], None], stop: Callable[[], bool], workers: int = 1
+) -> list[Row]:
+    """Run a cell whose folder the caller has locked, write its rows, and return them; `workers` cells run at once.
 
-    InterruptedTrainingError (after a checkpoint) passes through; everything else that goes wrong becomes the outcome of the cell.
+    InterruptedTrainingError (after a checkpoint) and OSError while writing rows pass through; whatever else goes wrong becomes the
+    outcome of the cell.
     """
-    facts = Facts()
+    facts = Facts(workers=workers)
     metrics: list[Metric] = []
     status, reason = "ok", ""
     try:
-        folder.set_status("running")
+        folder.begin()
         metrics = _train_and_measure(cell, folder, facts, report, stop)
     except InterruptedTrainingError:
-        folder.set_status("interrupted", step=facts.progress.step)
+        folder.set_status("interrupted")
         raise
     except Exception as error:
         status, reason = outcome_of(error)
@@ -148,6 +157,8 @@ def run_cell(cell: Cell, folder: CellFolder, report: Callable[[int, int, str], N
 def outcome_of(error: Exception) -> tuple[str, str]:
     """The outcome and one-line reason that an exception stands for."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ConfigError):
+        return "failed", text[:300]
     if isinstance(error, DivergedError):
         return "diverged", text
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text.lower():
@@ -158,10 +169,13 @@ def outcome_of(error: Exception) -> tuple[str, str]:
 def _train_and_measure(
     cell: Cell, folder: CellFolder, facts: Facts, report: Callable[[int, int, str], None], stop: Callable[[], bool]
 ) -> list[Metric]:
-    memory = measure.PeakMemory(cell.device)
-    facts.description = describe(cell, probe=False)
+    if registry.model(cell.model_ref).version != cell.mixer_version:
+        raise ConfigError(f"{cell.model_ref} changed after the run was planned; run again")
+    model = build(cell)
+    facts.description = describe(cell, model)
     facts.runner = runner = runner_class(cell)(cell)
-    model = build(cell).to(cell.device)
+    memory = measure.PeakMemory(cell.device)
+    model = model.to(cell.device)
     torch.manual_seed(cell.seed)
     trainer = Trainer(model, runner, cell.train, folder, cell.device, cell.dtype)
     try:
@@ -179,7 +193,7 @@ def weights_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -190,13 +204,18 @@ def make_rows(cell: Cell, metrics: Sequence[Metric], status: str, reason: str, f
     shared["higher_is_better"] = protocol.higher_is_better
     if not metrics:
         return [Row(**shared, split="test", metric=protocol.metric, value=None, num_items=0, floors={})]
-    floors = facts.runner.floors if facts.runner else {}
-    return [
-        Row(
-            **shared, split=m.split, metric=m.name, value=m.value, num_items=m.num_items, floors=floors if m.name == protocol.metric else {}
-        )
-        for m in metrics
-    ]
+    return [Row(**shared, split=m.split, metric=m.name, value=m.value, num_items=m.num_items, floors=dict(m.floors)) for m in metrics]
+
+
+def device_is_broken(cell: Cell) -> bool:
+    """Whether the GPU refuses all further work of this process, as it does after an illegal memory access."""
+    if cell.device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _shared_fields(cell: Cell, facts: Facts) -> dict[str, Any]:
@@ -204,7 +223,8 @@ def _shared_fields(cell: Cell, facts: Facts) -> dict[str, Any]:
     description, runner, at = facts.description, facts.runner, facts.progress
     step_s = statistics.median(at.step_times) if at.step_times else None
     shape = runner_class(cell).shape(cell)
-    tokens_per_step = shape.tokens_per_epoch / shape.steps_per_epoch
+    full_step = min(cell.train.batch_size * shape.seq_len, shape.tokens_per_epoch)  # the last step of an epoch may be shorter
+    epochs, rest = divmod(at.step, shape.steps_per_epoch)
     commit, dirty = provenance.commit()
     same = ("suite", "protocol_version", "preset", "task", "model", "mixer_version", "seed", "device", "processes", "backend", "dtype")
     return {name: getattr(cell, name) for name in same} | {
@@ -216,14 +236,15 @@ def _shared_fields(cell: Cell, facts: Facts) -> dict[str, Any]:
         "state_bytes": description.state_bytes if description else None,
         "train_flops_per_token": description.train_flops_per_token if description else None,
         "steps": at.step,
-        "tokens": round(at.step * tokens_per_step),
+        "tokens": epochs * shape.tokens_per_epoch + rest * full_step,
         "wall_s": round(at.train_s, 3),
-        "compile_s": round(at.first_step_s - (step_s or 0), 3) if at.first_step_s else 0.0,
+        "compile_s": round(max(0.0, at.first_step_s - (step_s or 0)), 3),
         "step_s": step_s,
-        "tokens_per_s": tokens_per_step / step_s if step_s else None,
+        "tokens_per_s": full_step / step_s if step_s else None,
         "peak_bytes": facts.peak_bytes,
         "device_name": provenance.device_name(cell.device) if cell.device == "cpu" or torch.cuda.is_available() else "none",
         "threads": torch.get_num_threads(),
+        "workers": facts.workers,
         "versions": provenance.versions(),
         "data_hash": runner.data_hash if runner else "",
         "truncated": runner.truncated if runner else 0,

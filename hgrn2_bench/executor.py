@@ -1,12 +1,15 @@
-"""Runs cells in worker processes on this machine. Another executor (Ray, Slurm) offers the same two functions.
+"""Runs cells in worker processes on this machine. Another executor (Ray, Slurm) offers the same `describe`, `run` and `stop`.
 
 Messages from a worker: ready; described key Description|None fault; refused key text; progress key step steps text; note key text;
 locked key; interrupted key; done key rows. A worker that dies or overruns sends nothing: its cell becomes `lost` with a status and a
 reason, and another worker writes that down.
 """
 
+import contextlib
+import math
 import multiprocessing
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -50,14 +53,24 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # fork after a library has started threads is not safe
         self.pipe, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(target=worker.main, args=(theirs, threads), daemon=True)
-        self.process.start()
+        ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the parent's business from the child's first instruction
+        try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, ours)
         theirs.close()
+        self.ready = False
         self.order: _Order | None = None
         self.since = time.monotonic()
 
     def send(self, order: "_Order") -> None:
         self.order, self.since = order, time.monotonic()
-        self.pipe.send((order.kind, {**order.cell.to_json(), "key": order.cell.key}, *order.rest))
+        with contextlib.suppress(OSError):  # a dead worker: reading its pipe says so
+            self.pipe.send((order.kind, {**order.cell.to_json(), "key": order.cell.key}, *order.rest))
+
+    def ask_to_stop(self) -> None:
+        with contextlib.suppress(OSError):
+            self.pipe.send(("stop",))
 
     def kill(self) -> None:
         self.process.kill()
@@ -66,8 +79,15 @@ class _Worker:
 
 
 def default_workers(device: str) -> int:
-    """As many one-thread workers as cores on a CPU; one on a GPU."""
-    return len(os.sched_getaffinity(0)) if device == "cpu" else 1
+    """As many one-thread workers as cores that this process may use (affinity, container quota) on a CPU; one on a GPU."""
+    if device != "cpu":
+        return 1
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such file, or no limit ("max")
+        return cores
 
 
 class LocalExecutor:
@@ -96,20 +116,20 @@ class LocalExecutor:
 
     def run(self, cells: Sequence[Cell], results: Path, force: bool = False, timeout_s: float | None = None) -> Iterator[Event]:
         """Run cells, yielding every event; cells that another run holds are waited for at the end."""
-        yield from self._serve([_Order("run", cell, (results, force)) for cell in cells], timeout_s)
+        yield from self._serve([_Order("run", cell, (results, force, min(self.count, len(cells)))) for cell in cells], timeout_s)
 
     def stop(self) -> Iterator[Event]:
         """Ask for a clean stop: running cells write a checkpoint. Workers that do not answer in time are killed."""
         busy = [w for w in self.workers if w.order is not None]
         for each in busy:
-            each.pipe.send(("stop",))
+            each.ask_to_stop()
         deadline = time.monotonic() + STOP_WITHIN_S
         while busy and time.monotonic() < deadline:
             for each in self._readable():
                 event = self._receive(each)
                 if event is not None:
                     yield event
-            busy = [w for w in busy if w.order is not None]
+            busy = [w for w in busy if w.order is not None and w in self.workers]
 
     def _serve(self, orders: Sequence[_Order], timeout_s: float | None) -> Iterator[Event]:
         todo = deque(orders)
@@ -122,7 +142,7 @@ class LocalExecutor:
                 for each in [w for w in self.workers if w.order is None][: len(todo)]:
                     each.send(todo.popleft())
             late = [w for w in self.workers if timeout_s and w.order and time.monotonic() - w.since > timeout_s]
-            events = [self._replace(w, "timeout", f"no result after {timeout_s:g} s") for w in late]
+            events: list[Event | None] = [self._replace(w, "timeout", f"no result after {timeout_s:g} s") for w in late]
             for event in events + [self._receive(w) for w in self._readable()]:
                 if event is None:
                     continue
@@ -151,17 +171,21 @@ class LocalExecutor:
             if code == -9:
                 return self._replace(each, "oom", "worker process killed by signal 9 (the kernel does this when memory runs out)")
             return self._replace(each, "failed", f"worker process ended with {f'signal {-code}' if code < 0 else f'code {code}'}")
+        if kind == "ready":
+            each.ready, each.since = True, time.monotonic()  # a time limit does not count the import of torch
         if order is None or kind == "ready":
             return None
         if kind not in RUNNING:
             each.order = None
         return Event(kind, order.cell, tuple(content[1:]), order)
 
-    def _replace(self, each: _Worker, status: str, reason: str) -> Event:
-        """Drop a dead or overdue worker; the pool grows again while there is work. ConfigError where it died before it had any."""
+    def _replace(self, each: _Worker, status: str, reason: str) -> Event | None:
+        """Drop a dead or overdue worker; the pool grows again while there is work. ConfigError where it could not even start."""
         order = each.order
         each.kill()
         self.workers.remove(each)
+        if not each.ready and status == "failed":
+            raise ConfigError(f"a worker could not start ({reason}); its error is above")
         if order is None:
-            raise ConfigError(f"a worker could not start: {reason}")
+            return None  # an idle worker costs nothing
         return Event("lost", order.cell, (status, reason), order)

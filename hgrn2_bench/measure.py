@@ -1,6 +1,7 @@
 """What a model costs: parameters, state bytes, FLOPs, decay at initialisation, peak memory."""
 
 import contextlib
+import ctypes
 import resource
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,9 @@ from hgrn2_bench.model import SequenceModel
 from hgrn2_bench.ops import families
 
 
-def parameters(model: nn.Module) -> tuple[int, int]:
+def parameters(model: SequenceModel) -> tuple[int, int]:
     """All parameters, and those that are no embedding: token and position tables and the output head left out. Tied tensors count once."""
     total = sum(p.numel() for p in model.parameters())
-    if not isinstance(model, SequenceModel):
-        return total, total
     tables = {id(m.weight): m.weight.numel() for m in (model.embedding, model.position, model.head) if m is not None}
     return total, total - sum(tables.values())
 
@@ -44,7 +43,7 @@ def sample_inputs(model: SequenceModel, seq_len: int = 64) -> families.OpInputs 
     mixer = model.mixers[0]
     if not mixer.family:
         return None
-    device = next(mixer.parameters()).device
+    device = model.embedding.weight.device
     x_BTD = torch.randn(4, seq_len, model.config.d_model, generator=torch.Generator().manual_seed(0)).to(device)
     return mixer.project(x_BTD, Context(shared=model.shared()))
 
@@ -68,10 +67,11 @@ def effective(model: SequenceModel) -> dict[str, Any]:
     mixer = model.mixers[0]
     inputs = sample_inputs(model)
     decay = None if inputs is None else log_decay_of(inputs)
+    recurrent = mixer.family not in ("", "softmax")
     return {
         **mixer.effective(),
         "kernel": kernel(mixer.spec.backend, inputs),
-        "state_dtype": "float32",
+        "state_dtype": "float32" if recurrent else "that of the activations",
         "local_mixing": f"conv {mixer.spec.conv}" if mixer.spec.conv else "none",
         "positions": model.config.positions,
         "median_decay_at_init": None if decay is None else round(decay.float().exp().median().item(), 4),
@@ -90,20 +90,26 @@ def kernel(backend: str, inputs: families.OpInputs | None) -> str:
 
 
 class PeakMemory:
-    """Peak memory in bytes since it was made: of the process on a CPU, of torch's allocator on a GPU."""
+    """Peak memory in bytes since it was made: of torch's allocator on a GPU; on a CPU of the process, above what it held then."""
 
     def __init__(self, device: str) -> None:
         self.device = device
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
+            with contextlib.suppress(OSError, AttributeError):  # hand what earlier cells freed back to the system, where libc can
+                ctypes.CDLL(None).malloc_trim(0)
             with contextlib.suppress(OSError):  # without it the peak counts from the start of the process, which serves several cells
                 Path("/proc/self/clear_refs").write_text("5")
+            self.before = self._process_peak()
 
     def read(self) -> int:
         """The peak so far."""
         if self.device == "cuda":
             return int(torch.cuda.max_memory_allocated())
+        return max(0, self._process_peak() - self.before)
+
+    def _process_peak(self) -> int:
         try:
             line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
             return int(line.split()[1]) * 1024

@@ -36,11 +36,16 @@ class GLU(nn.Module):
         return self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-class MLP(nn.Sequential):
+class MLP(nn.Module):
     """Two linear layers with GELU between, (..., D) -> (..., D)."""
 
     def __init__(self, d_model: int, width: int) -> None:
-        super().__init__(nn.Linear(d_model, width), nn.GELU(), nn.Linear(width, d_model))
+        super().__init__()
+        self.up, self.down = nn.Linear(d_model, width), nn.Linear(width, d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layers."""
+        return self.down(F.gelu(self.up(x)))
 
 
 def channel_mixer(config: ModelConfig) -> nn.Module | None:

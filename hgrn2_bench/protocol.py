@@ -5,7 +5,7 @@ A suite is a folder with `protocol.py`, holding `PROTOCOL = Protocol(...)`, and 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -22,6 +22,8 @@ class Preset:
     """Each task's own words, applied after `words`."""
     reproduces: tuple[str, ...] = ()
     """Tables of `published.csv` whose protocol this preset repeats, so that values may be compared."""
+    source_models: tuple[str, ...] = ()
+    """Models that the source ran: the table calls all others our extension of the protocol. Empty where the protocol is ours."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,15 @@ class Protocol:
     solved: float | None = None
     """Where runs pile up near 0 and 1: the value from which a run counts as solved; the table then shows median and range."""
     speed: bool = False
-    """Timing cells run alone and are compared on one device only."""
+    """The metric is a speed or a size: rows of different devices never share a table."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One measured number on one split; `num_items` is what it averages over."""
+    """One measured number on one split; `num_items` is what it averages over, `floors` are values that need no learning, by name."""
 
     split: str
     name: str
     value: float
     num_items: int
+    floors: Mapping[str, float] = field(default_factory=dict)

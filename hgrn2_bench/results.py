@@ -50,10 +50,13 @@ class Row:
     """Median seconds of one training step."""
     tokens_per_s: float | None
     peak_bytes: int | None
+    """Peak during training and evaluation: of torch's allocator on a GPU, on a CPU of the process above what it held before."""
     device: str
     """Device type: cpu or cuda."""
     device_name: str
     threads: int
+    workers: int
+    """Cells that ran at once on the machine: speed is measured beside `workers` - 1 others."""
     processes: int
     backend: str
     dtype: str
@@ -75,7 +78,7 @@ class Row:
     """The model's own version, or the hash of a user's file: other code under the same name."""
     schema_version: int = SCHEMA_VERSION
 
-    VOLATILE = ("wall_s", "compile_s", "step_s", "tokens_per_s", "peak_bytes", "device_name", "time")
+    VOLATILE = ("wall_s", "compile_s", "step_s", "tokens_per_s", "peak_bytes", "device_name", "workers", "time")
     """Fields that differ between two runs of one cell: times, memory and host."""
 
     def to_json(self) -> str:
@@ -84,6 +87,17 @@ class Row:
 
 
 _REQUIRED = tuple(f.name for f in dataclasses.fields(Row) if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING)
+
+
+_NUMBER = (int, float, type(None))
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("settings", "effective", "floors", "versions"), dict),
+    **dict.fromkeys(
+        ("suite", "preset", "task", "model", "split", "metric", "unit", "status", "reason", "cell", "time", "device_name"), str
+    ),
+    **dict.fromkeys(("seed", "protocol_version", "num_items", "steps", "tokens", "truncated", "skipped", "workers"), int),
+    **dict.fromkeys(("value", "parameters", "state_bytes", "train_flops_per_token", "tokens_per_s", "step_s"), _NUMBER),
+}
 
 
 def parse_row(line: str) -> Row:
@@ -102,6 +116,9 @@ def parse_row(line: str) -> Row:
     missing = [name for name in _REQUIRED if name not in content]
     if missing:
         raise ValueError(f"not a result row: no field {', '.join(missing[:3])}")
+    for name, kind in _KINDS.items():
+        if not isinstance(content[name], kind):
+            raise ValueError(f"not a result row: {name} is {content[name]!r}"[:120])
     if content["status"] not in OUTCOMES:
         raise ValueError(f"unknown status {content['status']!r}")
     known = {f.name for f in dataclasses.fields(Row)}

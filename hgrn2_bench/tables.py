@@ -177,14 +177,18 @@ def _best_line(runs: Sequence[Run], protocol: Protocol) -> Line:
     return Line(tuple(sorted(grid[best], key=lambda r: r.row.seed)), tuned, len(grid) > 1, tuple(edge))
 
 
-def learned(line: Line) -> bool:
-    """Whether the median run beats every floor by more than twice the floor's standard error."""
-    row = line.first
-    if not math.isfinite(line.middle) or not row.floors:
-        return math.isfinite(line.middle)
+def beats_floors(value: float, row: Row) -> bool:
+    """Whether a value beats every floor of its row by more than twice the floor's standard error."""
+    if not math.isfinite(value) or not row.floors:
+        return math.isfinite(value)
     floor = max(row.floors.values()) if row.higher_is_better else min(row.floors.values())
     error = (floor * (1 - floor) / max(1, row.num_items)) ** 0.5 if 0 < floor < 1 else 0.0
-    return line.middle > floor + 2 * error if row.higher_is_better else line.middle < floor - 2 * error
+    return value > floor + 2 * error if row.higher_is_better else value < floor - 2 * error
+
+
+def learned(line: Line) -> bool:
+    """Whether the median run beats the floors."""
+    return beats_floors(line.middle, line.first)
 
 
 def _rank(line: Line, protocol: Protocol) -> tuple[bool, bool, float]:
@@ -213,32 +217,47 @@ def half_interval(values: Sequence[float]) -> float:
 
 
 def indistinguishable(line: Line, best: Line) -> bool | None:
-    """Whether a paired t-test over common seeds leaves a line no different from the best (p >= 0.05); None below five pairs."""
+    """Whether a paired t-test over common seeds leaves a line no different from the best (p >= 0.05); None below five pairs.
+
+    None too where a paired run failed. Where both lines solve the task in every seed there is nothing to tell apart (see `_status`).
+    """
     ours = {run.row.seed: run.value for run in line.runs}
     pairs = [(run.value, ours[run.row.seed]) for run in best.runs if run.row.seed in ours]
     known = [(a, b) for a, b in pairs if a is not None and b is not None]
-    if len(known) < PAIRS_NEEDED:
+    if len(known) < max(PAIRS_NEEDED, len(pairs)):
         return None
     differences = [a - b for a, b in known]
     return abs(statistics.fmean(differences)) <= half_interval(differences)
 
 
-def _status(line: Line, best: Line | None, seeds: Sequence[int]) -> str:
+def _status(line: Line, best: Line | None, seeds: Sequence[int], protocol: Protocol) -> str:
     """Outcomes that are not ok with their first reason, else whether the model learned and how it stands to the best."""
+    preset = protocol.presets.get(line.first.preset)
     failures: dict[str, list[Row]] = defaultdict(list)
     for run in line.runs:
         if run.row.status != "ok":
             failures[run.row.status].append(run.row)
     words = [f"{status} {len(rows)}/{len(line.runs)}: {rows[0].reason}" for status, rows in failures.items()]
     if math.isfinite(line.middle) and not learned(line):
-        words.append("not learned in this budget")
+        above = sum(beats_floors(value, line.first) for value in line.finished)
+        words.append("not learned in this budget" + f" ({above} of {len(line.runs)} seeds beat the floor)" * (above > 0))
     ran = [run.row.seed for run in line.runs]
     if ran != list(seeds):
         words.append(f"seed{'s' * (len(ran) > 1)} {_listed(ran)} only")
     words += [f"best {key} at the edge of its grid" for key in line.edge]
-    if best is not None and line is not best and indistinguishable(line, best):
+    if best is not None and line is not best and not _all_solved((line, best), protocol) and indistinguishable(line, best):
         words.append("not distinguishable from best (paired t-test over seeds)")
+    if preset and preset.source_models and line.first.model not in preset.source_models:
+        words.append("our extension of the protocol")
     return "; ".join(words) or "ok"
+
+
+def _all_solved(lines: Sequence[Line], protocol: Protocol) -> bool:
+    """Whether every run of these lines solved the task: values above that line say how the early stop fell, not who is better."""
+    if protocol.solved is None:
+        return False
+    sign = 1 if protocol.higher_is_better else -1
+    return all(value is not None and sign * value >= sign * protocol.solved for line in lines for value in line.values)
 
 
 def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[str]) -> Table:
@@ -266,7 +285,7 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
             *_costs(line.first),
             Score(summary(line, protocol.solved), {run.row.seed: run.value for run in line.runs}),
             *([_speed(line)] * one_device),
-            _status(line, best, seeds),
+            _status(line, best, seeds, protocol),
         )
         for line in lines
     ]
@@ -319,6 +338,10 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
         notes.append(f"{', '.join(protocol.tuned)} chosen on {' and '.join(select)} data" + _warn_test(select))
     elif "test" in select:
         notes.append("stopped on test data" + _warn_test(select))
+    if protocol.solved is not None and any(len(line.runs) > 2 for line in lines):
+        notes.append(
+            f"median [range]; solved: at least {protocol.solved:g}" if protocol.higher_is_better else f"solved: at most {protocol.solved:g}"
+        )
     devices = sorted({f"{row.device_name} ({row.device}, {row.threads} thread{'s' * (row.threads > 1)})" for row in rows})
     backends = sorted({row.backend for row in rows})
     commits = sorted({row.commit[:10] + ("+changes" if row.dirty else "") for row in rows})
@@ -326,6 +349,9 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
         f"protocol version {first.protocol_version}, {first.dtype}, backend {', '.join(backends)}, {'; '.join(devices)}, "
         f"commit {', '.join(commits)}"
     )
+    beside = sorted({row.workers for row in rows})
+    if one_device and max(beside) > 1:
+        notes.append(f"speed measured with {' or '.join(map(str, beside))} cells at once on the machine")
     if not one_device:
         notes.append("no speed column: the rows come from several devices")
     counts = sum(row.truncated + row.skipped for row in rows)

@@ -43,7 +43,7 @@ class TrainableTask(Protocol):
         ...
 
     def score(self, model: Any, split: str) -> float:
-        """Primary metric on a split."""
+        """What selection goes by on a split, larger is better: the primary metric, or its negative where lower is better."""
         ...
 
 
@@ -116,11 +116,11 @@ class Trainer:
             self._step()
             at = self.at
             at.train_s = time.perf_counter() - began
-            if at.step % LOG_EVERY == 0 or at.step == self.steps:
-                self._log()
-                report(at.step, self.steps, "" if at.score is None else f"{self.config.select} {at.score:.3f}")
             if at.step % self.eval_every == 0 or at.step == self.steps:
                 self._evaluate()
+            if at.step % LOG_EVERY == 0 or at.step == self.steps or at.stopped:
+                self._log()
+                report(at.step, self.steps, "" if at.score is None else f"{self.config.select} {at.score:.3f}")
             at.train_s = time.perf_counter() - began
             if stop():
                 self._save()

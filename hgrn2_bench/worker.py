@@ -1,6 +1,6 @@
 """A worker process: imports torch once, describes and runs cells as it is told, and dies with its parent.
 
-The parent sends (`describe`, cell, probe), (`run`, cell, results, force), (`record`, cell, results, status, reason) or (`stop`,);
+The parent sends (`describe`, cell, probe), (`run`, cell, results, force, workers), (`record`, cell, results, status, reason) or (`stop`,);
 the worker answers with the messages that `hgrn2_bench.executor` lists. What cells print goes to standard error, so that a table can
 be piped.
 """
@@ -8,7 +8,6 @@ be piped.
 import contextlib
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -41,11 +40,13 @@ class _Inbox:
 
 def main(pipe: Connection, threads: int) -> None:
     """Serve one parent until it says stop or goes away."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which asks for a clean stop
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     inbox = _Inbox(pipe)
     import torch
 
+    from hgrn2_bench import provenance
+
+    provenance.commit()  # read now, before anybody edits the checkout
     torch.set_num_threads(threads)
     pipe.send(("ready",))
     with contextlib.redirect_stdout(sys.stderr):
@@ -65,7 +66,7 @@ def _obey(order: tuple[Any, ...], pipe: Connection, stopping: threading.Event) -
     if order[0] == "describe":
         _describe(cell, key, order[2], pipe)
     elif order[0] == "run":
-        _run(cell, key, order[2], order[3], pipe, stopping)
+        _run(cell, key, order[2:], pipe, stopping)
     else:
         _record(cell, key, order[2], order[3], order[4], pipe)
 
@@ -75,18 +76,19 @@ def _describe(cell: Any, key: str, probe: bool, pipe: Connection) -> None:
     from hgrn2_bench.errors import ConfigError
 
     try:
-        pipe.send(("described", key, engine.describe(cell, probe), ""))
+        pipe.send(("described", key, engine.describe(cell, engine.build(cell), probe), ""))
     except ConfigError as error:
         pipe.send(("refused", key, f"{cell.model}: {error}" if cell.model not in str(error) else str(error)))
     except Exception as error:  # a fault of the model's code: its cell will fail and say so
         pipe.send(("described", key, None, engine.outcome_of(error)[1]))
 
 
-def _run(cell: Any, key: str, results: Path, force: bool, pipe: Connection, stopping: threading.Event) -> None:
+def _run(cell: Any, key: str, how: tuple[Any, ...], pipe: Connection, stopping: threading.Event) -> None:
     from hgrn2_bench import engine
     from hgrn2_bench.cells import CellFolder, LockedError
     from hgrn2_bench.trainer import InterruptedTrainingError
 
+    results, force, workers = how
     sent = 0.0
 
     def report(step: int, steps: int, text: str) -> None:
@@ -101,11 +103,13 @@ def _run(cell: Any, key: str, results: Path, force: bool, pipe: Connection, stop
             if remark:
                 pipe.send(("note", key, remark))
             rows = folder.rows()
+            if force:
+                folder.start_over()
             if force or rows is None:
-                if force or folder.status().get("outcome") not in ("running", "interrupted"):
-                    folder.start_over()
-                rows = engine.run_cell(cell, folder, report, stopping.is_set)
-            pipe.send(("done", key, rows))
+                rows = engine.run_cell(cell, folder, report, stopping.is_set, workers)
+        pipe.send(("done", key, rows))
+        if rows[0].status != "ok" and engine.device_is_broken(cell):
+            os._exit(1)  # a CUDA error that stays would fail every later cell of this process
     except LockedError:
         pipe.send(("locked", key))
     except InterruptedTrainingError:
@@ -120,8 +124,13 @@ def _record(cell: Any, key: str, results: Path, status: str, reason: str, pipe: 
     from hgrn2_bench import engine
     from hgrn2_bench.cells import CellFolder, LockedError
 
-    rows = engine.make_rows(cell, [], status, reason, engine.Facts())
     folder = CellFolder(results, cell)
+    facts = engine.Facts()
+    facts.progress.step = int(folder.status().get("step", 0))
+    rows = engine.make_rows(cell, [], status, reason, facts)
     with contextlib.suppress(OSError, LockedError), folder.lock():
-        folder.finish(rows)
+        finished = folder.rows()  # written just before the worker died, or by another run
+        if finished is None:
+            folder.finish(rows)
+        rows = finished or rows
     pipe.send(("done", key, rows))

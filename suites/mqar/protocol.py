@@ -158,9 +158,10 @@ TEST = Preset(
 
 PAPER = Preset(
     summary="HGRN2's protocol: V=8192, four settings, four widths, seven learning rates, zero filler, 64 epochs",
-    source="OpenNLPLab/Zoology zoology/experiments/hgrn/hgrn2.py; GLA, Mamba and others there are our extension of the protocol",
+    source="OpenNLPLab/Zoology zoology/experiments/hgrn/hgrn2.py and hgrn1.py; attention, GLA, Mamba are our extension of the protocol",
+    source_models=("hgrn2", "hgrn1"),  # its transformer.py, by an indentation slip, trains length 512 only
     words=(
-        "model=hgrn2,hgrn1,attention",  # what the source ran
+        "model=hgrn2,hgrn1,attention",
         "seed=123",  # DataConfig.seed and TrainConfig.seed
         "vocab_size=8192",
         "power_a=0.01",  # the class default; the config's train_power_a is not a field there and has no effect
@@ -172,7 +173,7 @@ PAPER = Preset(
         "num_layers=2",
         "conv=0",
         "positions=none",
-        "attention.positions=learned",  # only softmax attention has positions in the source
+        "attention.positions=learned",  # only softmax attention has positions there; its attention dropout 0.1 is not repeated
         "attention.num_heads=1",
         "lower_bound=none",
         "channel_mixer=identity",  # Zoology's block without a state mixer adds the normalised residual back
@@ -190,7 +191,7 @@ PAPER = Preset(
         "clip=0.0",
         "stop_at=0.99",
         "select=test",  # the source stops and chooses its learning rate on the test set
-        "dtype=bfloat16",  # autocast in training; evaluation without
+        "dtype=bfloat16",  # autocast in training; evaluation without. bfloat16 needs no gradient scaler
     ),
     tasks={
         **setting(64, 4, "batch_size=512"),

@@ -160,7 +160,7 @@ def test_convert_takes_true_or_false(schema, field):
         assert convert(schema, field.name, good, field.name) is True
     for good in (False, "false", 0):
         assert convert(schema, field.name, good, field.name) is False
-    for bad in (0.5, "abc", "", None, "???"):
+    for bad in (5, 0.5, "abc", "", None, "???"):
         assert "expected true or false" in refusal(convert, schema, field.name, bad, field.name)
 
 

@@ -46,7 +46,7 @@ def test_block_adds_the_channel_mixer_of_the_normalised_residual(kind):
 
 
 def test_channel_width_zero_is_the_usual_width_and_is_refused_where_it_has_no_effect():
-    assert build(channel_mixer="mlp").blocks[0].channel[0].out_features == 64
+    assert build(channel_mixer="mlp").blocks[0].channel.up.out_features == 64
     assert build(channel_mixer="glu").blocks[0].channel.gate.out_features == 48
     assert build(channel_mixer="glu", channel_width=20).blocks[0].channel.gate.out_features == 20
     with pytest.raises(ConfigError, match="channel_width=20 has no effect with channel_mixer=none"):
@@ -149,7 +149,8 @@ def test_effective_says_what_was_built():
 
 
 def test_peak_memory_sees_an_allocation():
-    before = measure.PeakMemory("cpu").read()
+    first = measure.PeakMemory("cpu")
     block = torch.ones(32 * 2**20)
-    assert measure.PeakMemory("cpu").read() >= before + 100 * 2**20
+    assert 110 * 2**20 < first.read() < 400 * 2**20
+    assert measure.PeakMemory("cpu").read() < 20 * 2**20  # what was held before does not count
     assert block.sum() > 0

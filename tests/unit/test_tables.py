@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from test_results import failed, row
 
-from hgrn2_bench.protocol import Protocol
+from hgrn2_bench.protocol import Preset, Protocol
 from hgrn2_bench.render import Column, Score, Table, render
 from hgrn2_bench.tables import half_interval, make_tables
 
@@ -667,3 +667,28 @@ def test_sizes_and_settings_are_shown_for_people():
     assert "32.8kB" in text
     assert "1e-05" in text
     assert "250k" in text
+
+
+# what a status says
+
+
+def test_lines_that_solve_everything_are_not_told_apart_by_how_their_stop_fell():
+    rows = [*seeds(*[0.9991] * 6), *seeds(*[0.9996] * 6, model="gla")]
+    assert {each["status"] for each in lines(only(rows))} == {"ok"}
+
+
+def test_a_failed_pair_leaves_no_verdict():
+    rows = [*seeds(0.5, 0.6, 0.7, 0.5, 0.6, None), *seeds(0.5, 0.6, 0.7, 0.6, 0.6, 0.6, model="gla")]
+    assert not any("not distinguishable" in each["status"] for each in lines(only(rows)))
+
+
+def test_seeds_above_the_floor_of_a_line_below_it_are_counted():
+    rows = seeds(0.2, 0.2, 0.9, floors={"guess": 0.31})
+    assert "not learned in this budget (1 of 3 seeds beat the floor)" in line(rows)["status"]
+
+
+def test_models_that_the_source_did_not_run_are_our_extension():
+    preset = Preset("s", "s", (), {}, source_models=("hgrn2",))
+    of = protocol(presets={"smoke": preset})
+    told = {each["model"]: each["status"] for each in lines(only([*run(0.9), *run(0.8, model="gla")], of))}
+    assert told == {"hgrn2": "ok", "gla": "our extension of the protocol"}

@@ -1,0 +1,46 @@
+"""The rows and tables that the repository keeps: readable, clean, and made from each other."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hgrn2_bench.registry import protocol, suites
+from hgrn2_bench.render import render
+from hgrn2_bench.results import find_rows
+from hgrn2_bench.tables import make_tables
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "results"
+
+
+@pytest.mark.parametrize("suite", sorted(suites()))
+def test_kept_rows_are_readable_and_complete(suite):
+    rows, problems = find_rows(RESULTS, suite)
+    assert rows
+    assert not problems
+    for row in rows:
+        assert not row.dirty
+        assert len(row.commit) == 40
+        assert row.command.startswith("python -m hgrn2_bench run ")
+        assert row.status == "ok"
+
+
+@pytest.mark.parametrize("suite", sorted(suites()))
+def test_kept_tables_are_made_from_the_kept_rows(suite):
+    rows, _ = find_rows(RESULTS, suite)
+    made = "\n".join(render(table, "md") for table in make_tables(rows, protocol(suite)))
+    assert (RESULTS / f"tables/{suite}.md").read_text().split() == made.split()
+
+
+def test_readme_shows_the_kept_tables():
+    readme = (ROOT / "README.md").read_text()
+    for line in (RESULTS / "tables/mqar.md").read_text().splitlines():
+        assert line in readme
+
+
+def test_table_command_prints_the_kept_tables(tmp_path):
+    words = [sys.executable, "-m", "hgrn2_bench", "table", "mqar", "--results", str(RESULTS)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert done.stdout == (RESULTS / "tables/mqar.md").read_text()

@@ -55,7 +55,6 @@ class Progress:
     loss_sum: float = 0.0
     loss_count: int = 0
     best: float = -math.inf
-    best_step: int = 0
     score: float | None = None
     stopped: bool = False
     train_s: float = 0.0
@@ -166,7 +165,7 @@ class Trainer:
         self.model.train()
         self._append({"step": at.step, f"{config.select}_score": at.score})
         if at.score > at.best:
-            at.best, at.best_step = at.score, at.step
+            at.best = at.score
             if config.keep == "best":
                 self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         at.stopped = bool(config.stop_at) and at.score > config.stop_at

@@ -142,7 +142,7 @@ def test_resume_continues_bit_for_bit(folder, cut):
     resumed = train(folder, config, Regression(scores[cut // 10 :]))
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
     assert folder.curve.read_text() == curve
-    assert (resumed.at.step, resumed.at.best, resumed.at.best_step) == (80, 0.6, 60)
+    assert (resumed.at.step, resumed.at.best) == (80, 0.6)
 
 
 def test_checkpoint_is_written_while_training(folder, monkeypatch):

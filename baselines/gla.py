@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, heads_of
+from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, expanded_width, heads_of
 from hgrn2_bench.layers import ShortConv, conv_buffers, conv_names, split_heads
 from hgrn2_bench.ops.families import DecayInputs
 
@@ -56,14 +56,8 @@ class GLA(Mixer):
         self.init_forget_bias()
 
     def _head_dim(self, name: str, expand: float) -> int:
-        D, width = self.spec.d_model, self.spec.d_model * expand
-        if width < 1 or width != int(width):
-            near = sorted({max(int(width), 1) / D, (max(int(width), 0) + 1) / D})
-            raise ConfigError(
-                f"d_model * {name} = {D} * {expand:g} = {width:g} must be a whole number of channels; nearest legal {name}: "
-                + " or ".join(f"{n:g}" for n in near)
-            )
-        return heads_of(int(width), self.num_heads, "num_heads", width=f"d_model * {name}", result="head dimension")
+        width = expanded_width(self.spec.d_model, expand, name)
+        return heads_of(width, self.num_heads, "num_heads", width=f"d_model * {name}", result="head dimension")
 
     @torch.no_grad()
     def init_forget_bias(self) -> None:

@@ -4,6 +4,7 @@ Imports no torch, fla or pandas: cells run in worker processes, and listing read
 """
 
 import json
+import signal
 import sys
 import time
 from collections import Counter
@@ -71,9 +72,10 @@ def run(
     if todo and not dry_run:
         check_results(results)
     count = workers or default_workers(plan.cells[0].device)
+    signal.signal(signal.SIGTERM, _stop)
     try:
         with LocalExecutor(count) as executor:
-            descriptions = _describe(executor, plan.cells if dry_run else todo, probe=dry_run and plan.cells[0].device == "cpu")
+            descriptions = _describe(executor, plan.cells if dry_run else todo, dry_run and plan.cells[0].device == "cpu", timeout or None)
             if dry_run:
                 _print_plan(plan, descriptions, finished, count)
                 return
@@ -88,6 +90,11 @@ def run(
     print(f"rows: {results}/cells/{plan.protocol.name}/<cell>/rows.jsonl", file=sys.stderr)
     lost = any(cell.key not in finished for cell in plan.cells)
     sys.exit(1 if lost or any(row.status not in ("ok", "skipped") for row in rows) else 0)
+
+
+def _stop(*_: Any) -> None:
+    """A polite kill (Slurm, timeout) is as good as Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 def _device(name: str) -> str:
@@ -116,12 +123,12 @@ def _alike(cell: "Cell") -> str:
     return json.dumps(content | {"train": content["train"] | {"lr": 0}}, sort_keys=True)
 
 
-def _describe(executor: "LocalExecutor", cells: "Sequence[Cell]", probe: bool) -> dict[str, tuple[Any, str]]:
+def _describe(executor: "LocalExecutor", cells: "Sequence[Cell]", probe: bool, timeout: float | None) -> dict[str, tuple[Any, str]]:
     """A description for each cell's key, made once for cells that are alike."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
         groups.setdefault(_alike(cell), []).append(cell)
-    found = executor.describe([group[0] for group in groups.values()], probe)
+    found = executor.describe([group[0] for group in groups.values()], probe, timeout)
     return {cell.key: found[group[0].key] for group in groups.values() for cell in group}
 
 
@@ -134,13 +141,13 @@ def _run_cells(
     timeout: float | None,
 ) -> "dict[str, list[Row]]":
     """Run the cells, the dearest first, and return their rows; Ctrl-C checkpoints what runs and exits with 130."""
-    from hgrn2_bench.console import Monitor
+    from hgrn2_bench.console import Monitor, names
 
     about = {cell.key: descriptions[cell.key][0] for cell in todo}
-    costs = {key: d.train_flops_per_token * d.tokens / 1e12 if d else 1.0 for key, d in about.items()}
+    costs = {key: (d.train_flops_per_token or 6 * d.parameters) * d.tokens / 1e12 if d else 1.0 for key, d in about.items()}
     ordered = sorted(todo, key=lambda cell: -costs[cell.key])
     found: dict[str, list[Row]] = {}
-    with Monitor(costs) as monitor:
+    with Monitor(costs, names(todo)) as monitor:
         try:
             for event in executor.run(ordered, results, force, timeout):
                 monitor.hear(event)
@@ -160,24 +167,28 @@ def _print_plan(plan: "Plan", descriptions: dict[str, tuple[Any, str]], finished
     from tabulate import tabulate
 
     from hgrn2_bench.console import duration
+    from hgrn2_bench.plan import swept
     from hgrn2_bench.render import byte_count, count
 
     groups: dict[str, list[Cell]] = {}
     for cell in plan.cells:
         groups.setdefault(_alike(cell), []).append(cell)
+    settings = {key: {k: v for k, v in each.items() if k != "lr"} for key, each in swept(plan.cells).items()}
     lines, seconds = [], 0.0
     for cells in groups.values():
         first, (about, fault) = cells[0], descriptions[cells[0].key]
         left = sum(cell.key not in finished for cell in cells)
-        line = [first.task, first.model, first.model_config.d_model, f"{len(cells)} ({left} to run)"]
+        varied = ", ".join(f"{k}={v}" for k, v in settings[first.key].items())
+        line = [first.task, first.model, varied, f"{len(cells)} ({left} to run)"]
         if about is None:
             lines.append([*line, f"cannot be built: {fault}"])
             continue
         each = duration(about.seconds) if about.seconds is not None else "–"
         seconds += left * (about.seconds or 0)
         sizes = [count(about.parameters), count(about.non_embedding_parameters), byte_count(about.state_bytes)]
-        lines.append([*line, *sizes, about.steps, count(about.train_flops_per_token * about.tokens), each])
-    names = ["task", "model", "d_model", "cells", "parameters", "non-embedding", "state", "steps", "train FLOPs", "time a cell (estimate)"]
+        flops = about.train_flops_per_token
+        lines.append([*line, *sizes, about.steps, count(flops and flops * about.tokens), each])
+    names = ["task", "model", "settings", "cells", "parameters", "non-embedding", "state", "steps", "train FLOPs", "time a cell (estimate)"]
     print(tabulate(lines, names, tablefmt="github", disable_numparse=True))
     first = plan.cells[0]
     print(f"\n{len(plan.cells)} cells, {first.device}, {first.dtype}; protocol version {first.protocol_version}")

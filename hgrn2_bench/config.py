@@ -38,8 +38,8 @@ class ModelConfig:
     init: str = choice("mixer", "blanket")
 
     def __post_init__(self) -> None:
-        require(self.d_model >= 1, f"d_model={self.d_model} must be at least 1")
-        require(self.num_layers >= 1, f"num_layers={self.num_layers} must be at least 1")
+        require(1 <= self.d_model <= MAX_WIDTH, f"d_model={self.d_model} must be at least 1 and at most {MAX_WIDTH}")
+        require(1 <= self.num_layers <= MAX_LAYERS, f"num_layers={self.num_layers} must be at least 1 and at most {MAX_LAYERS}")
         require(self.conv == 0 or self.conv >= 2, f"conv={self.conv} must be 0 (none) or a width of at least 2")
         wide = self.channel_mixer in ("mlp", "glu")
         require(
@@ -71,7 +71,7 @@ class TrainConfig:
     keep: str = choice("last", "best")
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"lr={self.lr} must be positive")
+        require(0 < self.lr <= MAX_LR, f"lr={self.lr} must be positive and at most {MAX_LR:g}")
         for name in ("batch_size", "epochs", "eval_batch_size"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("weight_decay", "clip", "eval_every", "stop_at"):
@@ -91,6 +91,8 @@ class CellConfig:
         require(0 <= self.seed < 2**31, f"seed={self.seed} must be at least 0 and below 2^31")
 
 
+MAX_WIDTH, MAX_LAYERS, MAX_LR = 65_536, 1_000, 1_000.0
+"""Beyond these a word is a slip of the keyboard."""
 PLAN_KEYS = ("suite", "preset", "task", "model")
 """Keys that shape the plan; they have no schema field because each names something registered."""
 

@@ -1,14 +1,14 @@
 """What a run says while it works: a progress bar with ETA on a terminal, plain lines elsewhere; always on standard error."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from hgrn2_bench.executor import Event
-from hgrn2_bench.plan import Cell
+from hgrn2_bench.plan import Cell, swept
 from hgrn2_bench.results import Row
 
 PLAIN_EVERY_S = 15.0
@@ -25,10 +25,10 @@ def duration(seconds: float) -> str:
 
 
 class Monitor:
-    """Shows how far the cells of a run are; `weights` are their expected costs in any one unit."""
+    """Shows how far the cells of a run are; `weights` are their expected costs in any one unit, `names` what to call them."""
 
-    def __init__(self, weights: Mapping[str, float]) -> None:
-        self.weights = weights
+    def __init__(self, weights: Mapping[str, float], names: Mapping[str, str]) -> None:
+        self.weights, self.names = weights, names
         self.share: dict[str, float] = {}
         self.start: dict[str, float] = {}
         """Share that a resumed cell had before this run."""
@@ -85,16 +85,16 @@ class Monitor:
         if event.kind != "interrupted":
             rows: list[Row] = event.content[0] if event.kind == "done" else []
             left = self.eta() if self.finished < len(self.weights) else "all done"
-            self.say(f"[{self.finished}/{len(self.weights)}] {name(event.cell)}: {result(rows)}; {left}")
+            self.say(f"[{self.finished}/{len(self.weights)}] {self.names[key]}: {result(rows)}; {left}")
         self._refresh()
 
     def _show_running(self, cell: Cell, share: float, text: str) -> None:
         if self.live:
             if cell.key not in self.running:
-                self.running[cell.key] = self.bars.add_task(name(cell), total=1.0, note="")
+                self.running[cell.key] = self.bars.add_task(self.names[cell.key], total=1.0, note="")
             self.bars.update(self.running[cell.key], completed=share, note=text)
         elif time.monotonic() - self.said > PLAIN_EVERY_S:
-            self.say(f"{name(cell)}: {text}; {self.eta()}")
+            self.say(f"{self.names[cell.key]}: {text}; {self.eta()}")
             self.said = time.monotonic()
         self._refresh()
 
@@ -105,9 +105,12 @@ class Monitor:
             self.bars.update(self.total, completed=done / total if total else 1.0, note=self.eta())
 
 
-def name(cell: Cell) -> str:
-    """A cell in a few words."""
-    return f"{cell.model} {cell.task} d_model={cell.model_config.d_model} lr={cell.train.lr:g} seed {cell.seed}"
+def names(cells: Sequence[Cell]) -> dict[str, str]:
+    """Each cell in a few words, by key: model, task, what the plan sweeps, seed."""
+    return {
+        key: " ".join([cell.model, cell.task, *(f"{k}={v}" for k, v in settings.items()), f"seed {cell.seed}"])
+        for cell, (key, settings) in zip(cells, swept(cells).items(), strict=True)
+    }
 
 
 def result(rows: list[Row]) -> str:

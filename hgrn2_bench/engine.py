@@ -174,15 +174,17 @@ def _train_and_measure(
     model = build(cell)
     facts.description = describe(cell, model)
     facts.runner = runner = runner_class(cell)(cell)
-    memory = measure.PeakMemory(cell.device)
     model = model.to(cell.device)
+    if cell.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(cell.seed)
     trainer = Trainer(model, runner, cell.train, folder, cell.device, cell.dtype)
     try:
         trainer.fit(report, stop)
     finally:
         facts.progress = trainer.at
-        facts.peak_bytes = memory.read()
+        if cell.device == "cuda":
+            facts.peak_bytes = int(torch.cuda.max_memory_allocated())
     model.eval()
     facts.weights_hash = weights_hash(model)
     return [metric for split in ("validation", "test") for metric in runner.metrics(model, split)]

@@ -14,7 +14,8 @@ class ConfigError(ValueError):
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """`Unknown model 'gal'. Did you mean 'gla'? Available: ...` as an error to raise; long lists only where nothing is near."""
     names = sorted(set(known))
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    lower = {each.lower(): each for each in names}
+    close = [lower[each] for each in difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)]
     words = [f"Unknown {kind} {name!r}."] + [f"Did you mean {close[0]!r}?" for _ in close]
     if not close or len(names) <= LISTED:
         words.append(f"Available: {', '.join(names)}.")

@@ -53,11 +53,13 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # fork after a library has started threads is not safe
         self.pipe, theirs = context.Pipe()
         self.process: BaseProcess = context.Process(target=worker.main, args=(theirs, threads), daemon=True)
-        ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the parent's business from the child's first instruction
+        stops = (signal.SIGINT, signal.SIGTERM)  # the parent's business, from the child's first instruction: ignoring is inherited
+        ours = [signal.signal(each, signal.SIG_IGN) for each in stops]
         try:
             self.process.start()
         finally:
-            signal.signal(signal.SIGINT, ours)
+            for each, handler in zip(stops, ours, strict=True):
+                signal.signal(each, handler)
         theirs.close()
         self.ready = False
         self.order: _Order | None = None
@@ -105,10 +107,10 @@ class LocalExecutor:
             each.kill()
         self.workers.clear()
 
-    def describe(self, cells: Sequence[Cell], probe: bool) -> dict[str, tuple[Any, str]]:
+    def describe(self, cells: Sequence[Cell], probe: bool, timeout_s: float | None = None) -> dict[str, tuple[Any, str]]:
         """A Description (or None and what is wrong with the model's code) for each cell's key. ConfigError for an illegal combination."""
         found: dict[str, tuple[Any, str]] = {}
-        for event in self._serve([_Order("describe", cell, (probe,)) for cell in cells], None):
+        for event in self._serve([_Order("describe", cell, (probe,)) for cell in cells], timeout_s):
             if event.kind == "refused":
                 raise ConfigError(event.content[0])
             found[event.cell.key] = event.content if event.kind == "described" else (None, event.content[1])

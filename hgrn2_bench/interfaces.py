@@ -96,8 +96,11 @@ class Mixer(nn.Module):
         """Bytes that decoding holds for one sequence after `seq_len` tokens: states (4 bytes a number) and buffers (`itemsize`)."""
         raise NotImplementedError(f"{type(self).__name__} has no state_size")
 
-    def op_flops(self, seq_len: int) -> float:
-        """Forward floating-point operations of the recurrence itself per token, in recurrent form (softmax: at the mean context)."""
+    def op_flops(self, seq_len: int) -> float | None:
+        """Forward floating-point operations per token of all that is no nn.Linear or nn.Conv1d, which core counts; None if unknown.
+
+        The recurrence counts in its recurrent form, softmax attention at the mean context.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no op_flops")
 
     def effective(self) -> dict[str, Any]:
@@ -136,6 +139,23 @@ def heads_of(d_model: int, head_dim: int, what: str, width: str = "d_model", res
     )
 
 
+def fewest_heads(width: int, head_dim: int) -> int:
+    """The smallest number of heads that splits `width` into heads of at most `head_dim` channels."""
+    return next(n for n in range(max(1, -(-width // head_dim)), width + 1) if width % n == 0)
+
+
+def expanded_width(d_model: int, expand: float, name: str) -> int:
+    """`d_model * expand` channels; ConfigError with the nearest legal values of the setting `name` where that is no whole number."""
+    width = d_model * expand
+    if width < 1 or width != int(width):
+        near = sorted({max(int(width), 1) / d_model, (max(int(width), 0) + 1) / d_model})
+        raise ConfigError(
+            f"d_model * {name} = {d_model} * {expand:g} = {width:g} must be a whole number of channels; nearest legal {name}: "
+            + " or ".join(f"{n:g}" for n in near)
+        )
+    return int(width)
+
+
 def recomputing(module: type[nn.Module]) -> type[Mixer]:
     """A plain module class, built as `module(d_model, **settings)`, as a Mixer: it decodes by recomputing all tokens."""
 
@@ -149,11 +169,11 @@ def recomputing(module: type[nn.Module]) -> type[Mixer]:
         def state_size(self, seq_len: int, itemsize: int = 4) -> int:
             return seq_len * self.spec.d_model * itemsize
 
-        def op_flops(self, seq_len: int) -> float:
-            return 0.0
+        def op_flops(self, seq_len: int) -> float | None:
+            return None
 
         def effective(self) -> dict[str, Any]:
-            return {"class": module.__name__, "decoding": "recomputes all tokens", "flops": "matrices only"}
+            return {"class": module.__name__, "decoding": "recomputes all tokens"}
 
         def forward(self, x_BTD: Tensor, ctx: Context | None = None) -> Tensor:
             ctx = ctx or Context()

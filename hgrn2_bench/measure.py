@@ -1,15 +1,12 @@
-"""What a model costs: parameters, state bytes, FLOPs, decay at initialisation, peak memory."""
+"""What a model costs, and what was really built: parameters, state bytes, FLOPs, decay at initialisation, causality."""
 
-import contextlib
-import ctypes
-import resource
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hgrn2_bench.interfaces import Context
+from hgrn2_bench.layers import ShortConv
 from hgrn2_bench.model import SequenceModel
 from hgrn2_bench.ops import families
 
@@ -26,15 +23,17 @@ def state_bytes(model: SequenceModel, seq_len: int, itemsize: int = 4) -> int:
     return sum(m.state_size(seq_len, itemsize) for m in model.mixers)
 
 
-def train_flops_per_token(model: SequenceModel, seq_len: int, labels_per_token: float = 1.0) -> float:
-    """Training FLOPs per token, three times the forward pass.
+def train_flops_per_token(model: SequenceModel, seq_len: int, labels_per_token: float = 1.0) -> float | None:
+    """Training FLOPs per token, three times the forward pass; None where a plain module's own work cannot be known.
 
     Forward: 2 per weight of every matrix applied to each token (the head only where there are labels), plus each mixer's
     recurrence in its recurrent form (`Mixer.op_flops`); norms and activations are left out.
     """
     matrices = sum(p.numel() for m in model.blocks.modules() if isinstance(m, nn.Linear | nn.Conv1d) for p in [m.weight])
     head = model.head.weight.numel() * labels_per_token
-    return 3 * (2 * (matrices + head) + sum(m.op_flops(seq_len) for m in model.mixers))
+    recurrences = [m.op_flops(seq_len) for m in model.mixers]
+    known = [flops for flops in recurrences if flops is not None]
+    return 3 * (2 * (matrices + head) + sum(known)) if len(known) == len(recurrences) else None
 
 
 @torch.no_grad()
@@ -53,7 +52,7 @@ def log_decay_of(inputs: families.OpInputs) -> Tensor | None:
     match inputs:
         case families.DecayInputs():
             return inputs.log_f_BTHK
-        case families.ScalarDecayInputs():
+        case families.ScalarDecayInputs() | families.DeltaInputs():
             return inputs.log_f_BTH
         case families.DiagonalInputs():
             return inputs.log_a_BTD
@@ -68,14 +67,32 @@ def effective(model: SequenceModel) -> dict[str, Any]:
     inputs = sample_inputs(model)
     decay = None if inputs is None else log_decay_of(inputs)
     recurrent = mixer.family not in ("", "softmax")
+    widths = {m.width for m in mixer.modules() if isinstance(m, ShortConv)}
     return {
+        "local_mixing": " ".join(f"conv {width}" for width in sorted(widths)) or "none",
         **mixer.effective(),
+        "causal": is_causal(model),
         "kernel": kernel(mixer.spec.backend, inputs),
         "state_dtype": "float32" if recurrent else "that of the activations",
-        "local_mixing": f"conv {mixer.spec.conv}" if mixer.spec.conv else "none",
         "positions": model.config.positions,
         "median_decay_at_init": None if decay is None else round(decay.float().exp().median().item(), 4),
     }
+
+
+@torch.no_grad()
+def is_causal(model: SequenceModel, seq_len: int = 16) -> bool | None:
+    """Whether a changed last token leaves the first layer's earlier outputs as they were; None on fla, whose kernels need a GPU."""
+    mixer = model.mixers[0]
+    if mixer.spec.backend == "fla":
+        return None
+    was_training = mixer.training
+    mixer.eval()
+    x_BTD = torch.randn(2, seq_len, model.config.d_model, generator=torch.Generator().manual_seed(0)).to(model.embedding.weight.device)
+    changed_BTD = x_BTD.clone()
+    changed_BTD[:, -1] += 1.0
+    y_BTD, other_BTD = (mixer(x, Context(shared=model.shared()))[:, :-1] for x in (x_BTD, changed_BTD))
+    mixer.train(was_training)
+    return torch.allclose(y_BTD, other_BTD, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def kernel(backend: str, inputs: families.OpInputs | None) -> str:
@@ -87,31 +104,3 @@ def kernel(backend: str, inputs: families.OpInputs | None) -> str:
 
         return fla.kernel_name(inputs)
     return f"{backend}.{inputs.family}"
-
-
-class PeakMemory:
-    """Peak memory in bytes since it was made: of torch's allocator on a GPU; on a CPU of the process, above what it held then."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            with contextlib.suppress(OSError, AttributeError):  # hand what earlier cells freed back to the system, where libc can
-                ctypes.CDLL(None).malloc_trim(0)
-            with contextlib.suppress(OSError):  # without it the peak counts from the start of the process, which serves several cells
-                Path("/proc/self/clear_refs").write_text("5")
-            self.before = self._process_peak()
-
-    def read(self) -> int:
-        """The peak so far."""
-        if self.device == "cuda":
-            return int(torch.cuda.max_memory_allocated())
-        return max(0, self._process_peak() - self.before)
-
-    def _process_peak(self) -> int:
-        try:
-            line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-            return int(line.split()[1]) * 1024
-        except (OSError, StopIteration):
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

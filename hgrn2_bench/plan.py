@@ -89,7 +89,7 @@ class Description:
     parameters: int
     non_embedding_parameters: int
     state_bytes: int
-    train_flops_per_token: float
+    train_flops_per_token: float | None
     steps: int
     tokens: int
     seconds: float | None
@@ -277,6 +277,18 @@ def _written(value: Any) -> str:
         return value
     escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), value)  # Hydra's rule for quotes
     return f"'{escaped}'"
+
+
+def swept(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """For each cell's key the settings in which cells of its task and model differ, under the names a user types; the seed left out."""
+    found = {cell.key: cell.fields() for cell in cells}
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.task, cell.model), []).append(cell)
+    differ = {
+        place: [k for k, v in found[same[0].key].items() if any(found[cell.key][k] != v for cell in same)] for place, same in groups.items()
+    }
+    return {cell.key: {k: found[cell.key][k] for k in differ[cell.task, cell.model]} for cell in cells}
 
 
 def _own(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,8 @@ class Protocol:
     presets: Mapping[str, Preset]
     tuned: tuple[str, ...] = ("lr",)
     """Keys of the tuning grid: the table reports the best value of each, chosen on the selection split."""
+    budget: tuple[str, ...] = ()
+    """Keys of the suite's own that say how much is trained on, for the table's note."""
     solved: float | None = None
     """Where runs pile up near 0 and 1: the value from which a run counts as solved; the table then shows median and range."""
     speed: bool = False

@@ -50,7 +50,7 @@ def count(value: float | None) -> str:
     """`41.2k`: three digits and a factor."""
     if value is None:
         return "–"
-    for factor, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for factor, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= 0.9995 * factor:  # what three digits round up to it
             return f"{value / factor:.3g}{letter}"
     return f"{value:.3g}"

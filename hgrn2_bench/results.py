@@ -50,7 +50,7 @@ class Row:
     """Median seconds of one training step."""
     tokens_per_s: float | None
     peak_bytes: int | None
-    """Peak during training and evaluation: of torch's allocator on a GPU, on a CPU of the process above what it held before."""
+    """Peak of torch's allocator on a GPU; None on a CPU, where a process that serves many cells cannot tell its own from theirs."""
     device: str
     """Device type: cpu or cuda."""
     device_name: str

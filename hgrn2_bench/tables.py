@@ -244,6 +244,8 @@ def _status(line: Line, best: Line | None, seeds: Sequence[int], protocol: Proto
     ran = [run.row.seed for run in line.runs]
     if ran != list(seeds):
         words.append(f"seed{'s' * (len(ran) > 1)} {_listed(ran)} only")
+    if line.first.effective.get("causal") is False:
+        words.append("not causal")
     words += [f"best {key} at the edge of its grid" for key in line.edge]
     if best is not None and line is not best and not _all_solved((line, best), protocol) and indistinguishable(line, best):
         words.append("not distinguishable from best (paired t-test over seeds)")
@@ -295,14 +297,15 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
 
 
 def _costs(row: Row) -> tuple[Any, ...]:
-    mixing, positions = row.settings.get("conv", 0), row.settings.get("positions", "none")
+    asked = row.settings.get("conv", 0)
+    mixing = row.effective.get("local_mixing") or (f"conv {asked}" if asked else "none")  # what was built, where it got that far
     return (
         row.parameters,
         row.non_embedding_parameters,
         row.state_bytes,
         row.train_flops_per_token,
-        f"conv {mixing}" if mixing else "none",
-        positions,
+        mixing,
+        row.settings.get("positions", "none"),
     )
 
 
@@ -328,7 +331,7 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
     floors = next((row.floors for row in rows if row.floors), {})
     if floors:
         notes.append("floors: " + "; ".join(f"{name} {value:.3f}" for name, value in floors.items()))
-    budget = ("lr", "batch_size", "train_examples", "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
+    budget = ("lr", "batch_size", *protocol.budget, "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
     same = {key: {json.dumps(row.settings.get(key)) for row in rows} for key in budget}
     fixed = [f"{key} {json.loads(next(iter(v)))}" for key, v in same.items() if len(v) == 1]
     if fixed:
@@ -351,7 +354,10 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
     )
     beside = sorted({row.workers for row in rows})
     if one_device and max(beside) > 1:
-        notes.append(f"speed measured with {' or '.join(map(str, beside))} cells at once on the machine")
+        notes.append(f"speed measured with {' or '.join(map(str, beside))} cells of one run at once")
+    plain = sorted({row.model for row in rows if row.effective.get("decoding")})
+    if plain:
+        notes.append(f"plain modules ({', '.join(plain)}) decode by recomputing: their state is all past inputs, their FLOPs are not known")
     if not one_device:
         notes.append("no speed column: the rows come from several devices")
     counts = sum(row.truncated + row.skipped for row in rows)

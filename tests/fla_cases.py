@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hgrn2_bench.ops import families
 from hgrn2_bench.ops import fla as adapter
-from hgrn2_bench.ops.families import DecayInputs, DiagonalInputs, OpInputs, ScalarDecayInputs, State
+from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalInputs, OpInputs, ScalarDecayInputs, State
 
 Case = tuple[OpInputs, State | None]
 
@@ -44,6 +44,28 @@ def decay_case(
     state = (torch.randn(B, H, K, V),) if start else None
     make = ScalarDecayInputs if scalar else DecayInputs
     return make(q_BTHK.to(dtype), k_BTHK.to(dtype), v_BTHV.to(dtype), log_f, scale=0.7), state
+
+
+def delta_case(
+    T: int,
+    K: int = 16,
+    V: int | None = None,
+    decays: bool = True,
+    dtype: torch.dtype = torch.float32,
+    start: bool = True,
+    rate: float = 1.0,
+    drops: tuple[int, ...] = (),
+    B: int = 2,
+) -> Case:
+    """Inputs of the delta rule with keys of unit length; with `decays` a log decay times `rate`, -60 at the steps `drops`."""
+    H, V = 2, K if V is None else V
+    torch.manual_seed(0)
+    q_BTHK, k_BTHK, v_BTHV = torch.randn(B, T, H, K), F.normalize(torch.randn(B, T, H, K), dim=-1), torch.randn(B, T, H, V)
+    beta_BTH, log_f_BTH = torch.rand(B, T, H), rate * F.logsigmoid(torch.randn(B, T, H) + 2)
+    log_f_BTH[:, list(drops)] = -60.0
+    state = (torch.randn(B, H, K, V),) if start else None
+    q, k, v = (x.to(dtype) for x in (q_BTHK, k_BTHK, v_BTHV))
+    return DeltaInputs(q, k, v, beta_BTH, log_f_BTH if decays else None, scale=0.7), state
 
 
 def diagonal_case(
@@ -81,6 +103,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "scalar_decay T=100 long memory": partial(decay_case, 100, scalar=True, rate=1e-3),
     "scalar_decay T=100 K=V=8": partial(decay_case, 100, K=8, scalar=True),
     "scalar_decay T=65 K=24 V=8": partial(decay_case, 65, K=24, V=8, scalar=True),
+    "delta_rule T=65": partial(delta_case, 65),
+    "delta_rule T=100 K=V=8 from zero": partial(delta_case, 100, K=8, start=False, B=1),
+    "delta_rule T=100 strong decay": partial(delta_case, 100, drops=(0, 9, 64, 99), B=1),
+    "delta_rule without decay T=65": partial(delta_case, 65, decays=False, B=1),
+    "delta_rule without decay T=65 float16": partial(delta_case, 65, decays=False, dtype=torch.float16, B=1),
     "diagonal_scan T=17": partial(diagonal_case, 17),
     "diagonal_scan T=65 from zero": partial(diagonal_case, 65, start=False),
     "diagonal_scan T=100 strong decay": partial(diagonal_case, 100, drops=(0, 9, 99)),
@@ -169,8 +196,8 @@ def counted(value: Any) -> Any:
 
 def prepare_interpreter() -> None:
     """Make fla's kernels run in the interpreter: loop counters with Triton's methods, and no tuning, which needs a GPU to measure on."""
-    for family in adapter._KERNELS:
-        adapter._kernel(family)
+    for entry in adapter._KERNELS:
+        adapter._kernel(entry)
     for name, module in list(sys.modules.items()):
         if name.startswith(("fla.ops", "fla.modules")):
             vars(module)["range"] = lambda *bounds: map(Counter, builtins.range(*map(int, bounds)))

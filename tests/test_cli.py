@@ -71,6 +71,9 @@ def test_light_commands_import_neither_torch_nor_fla_nor_pandas(words, tmp_path)
         (["suite=mqar", "preset=smoek"], "Did you mean 'smoke'?"),
         (["suite=mqar", "d_model=abc"], "d_model=abc: expected a whole number"),
         (["suite=mqar", "lr_=1e-3"], "Did you mean 'lr'?"),
+        (["suite=mqar", "model=HGRN2"], "Did you mean 'hgrn2'?"),
+        (["suite=mqar", "d_model=1000000000"], "at most 65536"),
+        (["suite=mqar", "lr=1e300"], "at most 1000"),
         (["suite=mqar", "+model.hiden=64"], "model.hiden"),
         (["suite=mqar", "seq_len=63"], "62 or 64"),
         (["suite=mqar", "seq_len=16", "num_pairs=5"], "num_pairs at most 4"),
@@ -189,11 +192,12 @@ def test_two_runs_at_once_share_a_folder_and_lose_nothing(tmp_path):
     assert len({row.cell for row in rows}) == 4
 
 
-def test_ctrl_c_checkpoints_and_the_next_run_continues(tmp_path):
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_or_a_polite_kill_checkpoints_and_the_next_run_continues(tmp_path, sign):
     folder = tmp_path / "stopped"
     process = subprocess.Popen(command(*SLOW, "--results", folder), cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for(lambda: list(folder.glob("cells/mqar/*/metrics.jsonl")))
-    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, sign)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "the same command continues" in said
@@ -255,6 +259,7 @@ def test_failing_cells_are_shown_and_the_others_finish(tmp_path):
     rows = {row.model: row for row in rows_of(tmp_path / "results/local")}
     assert rows["NotANumber"].value is None
     assert rows["Good"].effective["decoding"] == "recomputes all tokens"
+    assert "Good, NotANumber, Raises, TooLarge) decode by recomputing" in done.stdout
 
 
 def test_cell_beyond_its_time_limit_is_a_timeout(tmp_path):

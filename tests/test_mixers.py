@@ -3,7 +3,7 @@
 import itertools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import pytest
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from hgrn2_bench import registry
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, MixerState
+from hgrn2_bench.measure import log_decay_of
 
 D, T = 32, 17
 LENGTHS = (1, 17, 65)
-GATES = ("log_f_BTHK", "log_f_BTH", "log_a_BTD", "dt_BTD", "A_DN")
+GATES = ("log_f_BTHK", "log_f_BTH", "beta_BTH", "log_a_BTD", "dt_BTD", "A_DN")
 
 
 def mixers() -> Iterator[tuple[str, type[Mixer]]]:
@@ -95,7 +96,8 @@ def assert_same_state(got: MixerState, want: MixerState, **tolerance: float) -> 
 
 
 def test_mixers_are_all_found() -> None:
-    assert {"hgrn2", "attention", "gla", "hgrn1", "mamba"} <= {name for name, _ in mixers()}
+    expected = {"hgrn2", "attention", "gla", "hgrn1", "mamba", "linear_attention", "retnet", "mamba2", "delta_net", "gated_delta_net"}
+    assert expected <= {name for name, _ in mixers()}
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -244,7 +246,8 @@ def test_autocast_keeps_gates_and_states_in_float32(case: Case, backend: str) ->
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), want, rtol=0.1, atol=0.1 * want.std().item())
     assert all(g.isfinite().all() for g in gradients(mixer).values())
-    found = {f.name: getattr(gates, f.name).dtype for f in fields(gates) if f.name in GATES}  # type: ignore[arg-type]
+    given = {name: getattr(gates, name, None) for name in GATES}
+    found = {name: gate.dtype for name, gate in given.items() if gate is not None}
     assert set(found.values()) == (set() if case.is_attention else {torch.float32}), found
     states = {t.dtype for t in ctx.next_state["op"]}
     assert states <= ({torch.bfloat16} if case.is_attention else {torch.float32, torch.complex64})
@@ -277,9 +280,9 @@ def test_class_facts_agree_with_the_code(case: Case) -> None:
 
 
 def decay(mixer: Mixer) -> Tensor:
-    op: Any = mixer.project(inputs(4, T), Context())
-    found = {f.name: getattr(op, f.name) for f in fields(op) if f.name in GATES}
-    return (found["dt_BTD"][..., None] * found["A_DN"] if "dt_BTD" in found else next(iter(found.values()))).exp()
+    log_decay = log_decay_of(mixer.project(inputs(4, T), Context()))
+    assert log_decay is not None
+    return log_decay.exp()
 
 
 @pytest.mark.parametrize("case", cases(lambda cls: cls.gated))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from hgrn2_bench.ops import chunked, families, scans
-from hgrn2_bench.ops.families import DecayInputs, DiagonalInputs, ScalarDecayInputs, SelectiveInputs, SoftmaxInputs, State
+from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalInputs, ScalarDecayInputs, SelectiveInputs, SoftmaxInputs, State
 
 B, H, V, D, N, P = 2, 2, 5, 6, 3, 7
 """Batch, heads, value, channels, states per channel, cached positions."""
@@ -21,7 +21,7 @@ EXACT = 1e-11
 SINGLE = 2e-5
 """float32 against float64; seen: 5e-6, in sums of 130 steps without decay."""
 
-Inputs = DecayInputs | ScalarDecayInputs | DiagonalInputs | SelectiveInputs | SoftmaxInputs
+Inputs = DecayInputs | ScalarDecayInputs | DeltaInputs | DiagonalInputs | SelectiveInputs | SoftmaxInputs
 Case = tuple[Inputs, State]
 Decay = Callable[[Tensor], Tensor]
 
@@ -65,6 +65,14 @@ def matrix_case(T: int, decay: Decay = gate, K: int = 8, scalar: bool = False) -
     return DecayInputs(q, k, v, decay(torch.randn(B, T, H, K, dtype=torch.float64)), scale=0.7), state
 
 
+def delta_case(T: int, decay: Decay = gate, K: int = 8, decays: bool = True) -> Case:
+    q, k, v = (torch.randn(B, T, H, n, dtype=torch.float64) for n in (K, K, V))
+    beta, logit = torch.randn(2, B, T, H, dtype=torch.float64).unbind(0)
+    log_f = decay(logit) if decays else None
+    state = (torch.randn(B, H, K, V, dtype=torch.float64),)
+    return DeltaInputs(q, F.normalize(k, dim=-1), v, beta.sigmoid(), log_f, scale=0.7), state
+
+
 def diagonal_case(T: int, decay: Decay = gate, phase: str = "none") -> Case:
     dtype = torch.float64 if phase == "none" else torch.complex128
     theta = {"none": None, "channel": 6.28 * torch.rand(D).double(), "step": 6.28 * torch.rand(B, T, D).double()}[phase]
@@ -94,15 +102,19 @@ DECAYING: dict[str, Callable[..., Case]] = {
     "per_channel_decay K=64": partial(matrix_case, K=64),
     "scalar_decay K=8": partial(matrix_case, scalar=True),
     "scalar_decay K=64": partial(matrix_case, K=64, scalar=True),
+    "delta_rule K=8": delta_case,
+    "delta_rule K=64": partial(delta_case, K=64),
     "diagonal_scan real": diagonal_case,
     "diagonal_scan angle per channel": partial(diagonal_case, phase="channel"),
     "diagonal_scan angle per step": partial(diagonal_case, phase="step"),
     "selective_scan": selective_case,
 }
-CASES = DECAYING | {"softmax": softmax_case, "softmax not causal": partial(softmax_case, causal=False)}
+RECURRENT = DECAYING | {"delta_rule without decay": partial(delta_case, decays=False)}
+CASES = RECURRENT | {"softmax": softmax_case, "softmax not causal": partial(softmax_case, causal=False)}
 CAUSAL = {name: make for name, make in CASES.items() if name != "softmax not causal"}
 all_cases = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 causal_cases = pytest.mark.parametrize("make", CAUSAL.values(), ids=CAUSAL)
+recurrent_cases = pytest.mark.parametrize("make", RECURRENT.values(), ids=RECURRENT)
 decaying_cases = pytest.mark.parametrize("make", DECAYING.values(), ids=DECAYING)
 
 
@@ -178,6 +190,18 @@ def test_chunked_equals_reference_under_extreme_decays(make: Callable[..., Case]
     assert_equal(results(inputs, state, "chunked"), results(inputs, state, "reference"), EXACT)
 
 
+@pytest.mark.parametrize("decays", [False, True], ids=["without decay", "with decay"])
+@pytest.mark.parametrize("beta", [0.0, 1.0, 1.999])
+def test_delta_rule_at_the_limits_of_beta(beta: float, decays: bool) -> None:
+    """Beta 0 writes nothing, 1 replaces, 2 reflects; beside it a stretch of one repeated key, whose systems are the hardest to solve."""
+    inputs, state = delta_case(256, decays=decays)
+    assert isinstance(inputs, DeltaInputs)
+    k_BTHK = inputs.k_BTHK.clone()
+    k_BTHK[:, 100:140] = k_BTHK[:, 100:101]
+    inputs = replace(inputs, beta_BTH=torch.full_like(inputs.beta_BTH, beta), k_BTHK=k_BTHK)
+    assert_equal(results(inputs, state, "chunked"), results(inputs, state, "reference"), EXACT)
+
+
 @pytest.mark.parametrize("decay", [gate, *DECAYS.values()], ids=["gate", *DECAYS])
 @decaying_cases
 def test_float32_stays_near_float64(make: Callable[..., Case], decay: Decay) -> None:
@@ -212,7 +236,7 @@ def test_bfloat16_inputs_keep_a_wide_state(make: Callable[..., Case], backend: s
         assert_equal({"final 0": got["final 0"]}, {"final 0": want["final 0"]}, SINGLE)
 
 
-@decaying_cases
+@recurrent_cases
 def test_autocast_does_not_lower_the_precision(make: Callable[..., Case]) -> None:
     inputs, state = make(65)
     inputs = change(inputs, lambda _, x: cast(x, torch.float32))
@@ -260,7 +284,7 @@ def test_two_calls_joined_by_the_state_equal_one(make: Callable[..., Case], cut:
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
-@decaying_cases
+@recurrent_cases
 def test_masked_leaves_the_state_at_the_true_length(make: Callable[..., Case], backend: str) -> None:
     inputs, state = make(80)
     lengths_B = torch.tensor([0, 37])

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hgrn2_bench.ops import reference
-from hgrn2_bench.ops.families import DecayInputs, DiagonalInputs, ScalarDecayInputs, SelectiveInputs, SoftmaxInputs, State
+from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalInputs, ScalarDecayInputs, SelectiveInputs, SoftmaxInputs, State
 from hgrn2_bench.ops.scans import LOG2E, DiagonalScan, SelectiveScan, scan_rows
 
 
@@ -49,11 +49,9 @@ def scalar_decay(inputs: ScalarDecayInputs, state: State | None) -> tuple[Tensor
         return reference.scalar_decay(inputs, state)  # a single step has nothing to gain from a chunk
     L = _chunk_length(T, K, 64)
     q, k, v = (_chunks(x.to(dtype), L) for x in (inputs.q_BTHK * inputs.scale, inputs.k_BTHK, inputs.v_BTHV))
-    # 2^-1100 is 0 in float64: the floor changes no value, and turns a decay to exactly 0 (log f = -inf) into a number.
-    G = (_chunks(inputs.log_f_BTH[..., None].double(), L) * LOG2E).clamp(min=-1100.0).cumsum(2)
-    after = torch.ones(L, L, dtype=torch.bool, device=q.device).triu(1)
+    G = _log2_decays(inputs.log_f_BTH, L)
     with torch.autocast(v.device.type, enabled=False):
-        A = _bmm(q, k.mT) * (G - G.mT).masked_fill(after, -math.inf).to(dtype).exp2()
+        A = _bmm(q, k.mT) * _decays_of_pairs(G, dtype)
         o = _bmm(A, v)
         S = _bmm((k * (G[:, :, -1:] - G).to(dtype).exp2()).mT, v)
         if len(S) > 1 or state is not None:
@@ -61,6 +59,35 @@ def scalar_decay(inputs: ScalarDecayInputs, state: State | None) -> tuple[Tensor
             S = DiagonalScan.apply(G[:, :, -1:].to(dtype) / LOG2E, None, S, S0)
             o = o + _bmm(q * G.to(dtype).exp2(), torch.cat([S0[None], S[:-1]]))
     return _unchunk(o, B, T).to(inputs.v_BTHV.dtype), (S[-1].clone().unflatten(0, (B, H)),)
+
+
+def delta_rule(inputs: DeltaInputs, state: State | None) -> tuple[Tensor, State]:
+    """S_t = f_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t; shapes as in `DeltaInputs`.
+
+    In a chunk that starts from S, S_i = e^G_i S + sum_{j <= i} e^(G_i - G_j) k_j u_j^T, where u_i = beta_i (v_i - what k_i recalls from
+    f_i S_{i-1}). Put in, u_i depends on the u_j before it: (I + A) u = beta v - beta e^G k S with a strictly triangular A. Solving for
+    both terms first leaves two small products per chunk that wait for S (arXiv 2406.06484, section 3; arXiv 2412.06464, section 3.3).
+    """
+    given = (inputs.q_BTHK * inputs.scale, inputs.k_BTHK, inputs.v_BTHV, inputs.beta_BTH[..., None])
+    dtype = reference.wide_dtype(*given, *[] if inputs.log_f_BTH is None else [inputs.log_f_BTH])
+    B, T, H, K = inputs.q_BTHK.shape
+    if T == 1:
+        return reference.delta_rule(inputs, state)  # a single step has nothing to gain from a chunk
+    L = _chunk_length(T, K, 64)
+    q, k, v, beta = (_chunks(x.to(dtype), L) for x in given)
+    with torch.autocast(v.device.type, enabled=False):
+        pairs, since_start, to_end = _delta_decays(inputs.log_f_BTH, v)
+        carried = len(v) > 1 or state is not None
+        right = torch.cat([v, k * since_start], -1) if carried else v
+        A = _bmm(beta * k, k.mT) * pairs  # of which only what is below the diagonal is read
+        u, w = torch.linalg.solve_triangular(A, beta * right, upper=False, unitriangular=True).tensor_split([v.shape[-1]], -1)
+        if carried:
+            S0 = v.new_zeros(B * H, K, v.shape[-1]) if state is None else state[0].to(dtype).flatten(0, 1)
+            u, before, S = _carry_delta(u, w, k * to_end, since_start[:, :, -1:], S0)
+            o = _bmm(_bmm(q, k.mT) * pairs, u) + _bmm(q * since_start, before)
+        else:
+            o, S = _bmm(_bmm(q, k.mT) * pairs, u), (k[0] * to_end[0]).mT @ u[0]
+    return _unchunk(o, B, T).to(inputs.v_BTHV.dtype), (S.unflatten(0, (B, H)),)
 
 
 def diagonal_scan(inputs: DiagonalInputs, state: State | None) -> tuple[Tensor, State]:
@@ -107,6 +134,38 @@ def _one_key(inputs: DecayInputs, state: State | None, dtype: torch.dtype) -> tu
     S_TBHV = DiagonalScan.apply(log_f, None, k * v, None if state is None else state[0].squeeze(2).to(dtype))
     o_BTHV = (inputs.scale * q * S_TBHV).transpose(0, 1)
     return o_BTHV.to(inputs.v_BTHV.dtype), (S_TBHV[-1, :, :, None].clone(),)
+
+
+def _log2_decays(log_f_BTH: Tensor, L: int) -> Tensor:
+    """The sums of log2 f since the start of each chunk, G (c, M, L, 1), in float64."""
+    # 2^-1100 is 0 in float64: the floor changes no value, and turns a decay to exactly 0 (log f = -inf) into a number.
+    return (_chunks(log_f_BTH[..., None].double(), L) * LOG2E).clamp(min=-1100.0).cumsum(2)
+
+
+def _decays_of_pairs(G: Tensor, dtype: torch.dtype) -> Tensor:
+    """2^(G_i - G_j) for steps j <= i of a chunk, 0 for j > i: (c, M, L, L)."""
+    after = torch.ones(G.shape[2], G.shape[2], dtype=torch.bool, device=G.device).triu(1)
+    return (G - G.mT).masked_fill(after, -math.inf).to(dtype).exp2()
+
+
+def _delta_decays(log_f_BTH: Tensor | None, v_cMLV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The decay from step j to step i of a chunk (0 for j > i), from the chunk's start to each step, and from each step to its end."""
+    c, _, L, _ = v_cMLV.shape
+    if log_f_BTH is None:
+        one = v_cMLV.new_ones(()).expand(c, 1, L, 1)
+        return v_cMLV.new_ones(L, L).tril(), one, one
+    G = _log2_decays(log_f_BTH, L)
+    return _decays_of_pairs(G, v_cMLV.dtype), G.to(v_cMLV.dtype).exp2(), (G[:, :, -1:] - G).to(v_cMLV.dtype).exp2()
+
+
+def _carry_delta(u: Tensor, w: Tensor, k_out: Tensor, total: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunk after chunk, u - w S and S' = total S + k_out^T (u - w S): all u (c, M, L, V), the states before each chunk, the last state."""
+    corrected, before = [], []
+    for u_MLV, w_MLK, k_MLK, total_M11 in zip(u, w, k_out, total, strict=True):
+        before.append(S)
+        corrected.append(torch.baddbmm(u_MLV, w_MLK, S, alpha=-1))
+        S = torch.baddbmm(total_M11 * S, k_MLK.mT, corrected[-1])
+    return torch.stack(corrected), torch.stack(before), S
 
 
 class _PerChannelDecay(torch.autograd.Function):

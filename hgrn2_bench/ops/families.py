@@ -66,6 +66,29 @@ class ScalarDecayInputs:
 
 
 @dataclass(frozen=True)
+class DeltaInputs:
+    """Delta rule: S_t = exp(log_f_t) (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale * S_t^T q_t; state (S_BHKV,).
+
+    `log_f_BTH` is None where nothing decays (DeltaNet), one number per head in Gated DeltaNet. The keys are expected to have unit length:
+    k_t then recalls the share 1 - beta_t of the value it recalled before, and the share beta_t of v_t.
+    """
+
+    q_BTHK: Tensor
+    k_BTHK: Tensor
+    v_BTHV: Tensor
+    beta_BTH: Tensor
+    log_f_BTH: Tensor | None = None
+    scale: float = 1.0
+    skip: Tensor | None = None
+    family: ClassVar[str] = "delta_rule"
+
+    def masked(self, lengths_B: Tensor) -> "DeltaInputs":
+        """Zero beta and log decay at the padding."""
+        log_f_BTH = None if self.log_f_BTH is None else zero_padding(self.log_f_BTH, lengths_B)
+        return replace(self, beta_BTH=zero_padding(self.beta_BTH, lengths_B), log_f_BTH=log_f_BTH)
+
+
+@dataclass(frozen=True)
 class DiagonalInputs:
     """Diagonal scan (HGRN1, LRU, S4D): h_t = exp(log_a_t + i theta_t) h_{t-1} + x_t, o_t = h_t; state (h_BD,).
 

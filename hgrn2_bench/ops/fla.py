@@ -16,26 +16,42 @@ from torch import Tensor
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.ops.chunked import softmax as softmax  # torch's own attention kernel on every backend
-from hgrn2_bench.ops.families import DecayInputs, DiagonalInputs, OpInputs, ScalarDecayInputs, State
+from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalInputs, OpInputs, ScalarDecayInputs, State
 
 # Triton multiplies matrices of at least 16 rows and columns; smaller heads are padded with zeros, which changes no result.
 MIN_HEAD_DIM = 16
 
+MatrixInputs = DecayInputs | ScalarDecayInputs | DeltaInputs
+
 _KERNELS = {
     "per_channel_decay": ("fla.ops.gla", "chunk_gla"),
     "scalar_decay": ("fla.ops.simple_gla", "chunk_simple_gla"),
+    "delta_rule": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
+    "delta_rule without decay": ("fla.ops.delta_rule", "chunk_delta_rule"),
     "diagonal_scan": ("fla.ops.hgrn", "fused_recurrent_hgrn"),
 }
 
 
 def per_channel_decay(inputs: DecayInputs, state: State | None) -> tuple[Tensor, State]:
     """GLA's chunk kernel (arXiv 2312.06635, section 4): o (B, T, H, V), state (S_BHKV,) in fp32."""
-    return _matrix_state(inputs, _padded(inputs.log_f_BTHK.float(), 1), state)
+    return _matrix_state(inputs, (_padded(inputs.log_f_BTHK.float(), 1),), state)
 
 
 def scalar_decay(inputs: ScalarDecayInputs, state: State | None) -> tuple[Tensor, State]:
     """The chunk kernel for one decay per head (Mamba2, arXiv 2405.21060, section 6): o (B, T, H, V), state (S_BHKV,) in fp32."""
-    return _matrix_state(inputs, inputs.log_f_BTH.float(), state)
+    return _matrix_state(inputs, (inputs.log_f_BTH.float(),), state)
+
+
+def delta_rule(inputs: DeltaInputs, state: State | None) -> tuple[Tensor, State]:
+    """The chunk kernels of Gated DeltaNet and DeltaNet (arXiv 2412.06464, 2406.06484): o (B, T, H, V), state (S_BHKV,) in fp32.
+
+    DeltaNet's kernel refuses float32, which goes to the gated one with log decays of 0: the same recurrence, and no precision lost.
+    """
+    beta_BTH = inputs.beta_BTH.float()
+    if _entry(inputs) != inputs.family:
+        return _matrix_state(inputs, (beta_BTH,), state)
+    log_f_BTH = torch.zeros_like(beta_BTH) if inputs.log_f_BTH is None else inputs.log_f_BTH.float()
+    return _matrix_state(inputs, (log_f_BTH, beta_BTH), state)
 
 
 def diagonal_scan(inputs: DiagonalInputs, state: State | None) -> tuple[Tensor, State]:
@@ -57,24 +73,34 @@ def kernel_name(inputs: OpInputs) -> str:
         return "torch.scaled_dot_product_attention"
     if inputs.family not in _KERNELS:
         raise ConfigError(f"backend=fla has no {inputs.family}; use backend=chunked")
+    entry = _entry(inputs)
     notes: list[str] = []
-    if isinstance(inputs, DecayInputs | ScalarDecayInputs):
+    if isinstance(inputs, DeltaInputs) and inputs.log_f_BTH is None and entry == inputs.family:
+        notes = ["no decay: chunk_delta_rule in half precision"]
+    if isinstance(inputs, MatrixInputs):
         sizes = {"K": inputs.k_BTHK.shape[-1], "V": inputs.v_BTHV.shape[-1]}
-        notes = [f"{letter} padded {size} to {MIN_HEAD_DIM}" for letter, size in sizes.items() if size < MIN_HEAD_DIM]
+        notes += [f"{letter} padded {size} to {MIN_HEAD_DIM}" for letter, size in sizes.items() if size < MIN_HEAD_DIM]
     elif isinstance(inputs, DiagonalInputs) and inputs.theta is not None:
         notes = ["complex channels as pairs of real ones"]
-    name = f"fla.{_KERNELS[inputs.family][1]}"
+    name = f"fla.{_KERNELS[entry][1]}"
     return f"{name} ({', '.join(notes)})" if notes else name
 
 
-def _matrix_state(inputs: DecayInputs | ScalarDecayInputs, log_f: Tensor, state: State | None) -> tuple[Tensor, State]:
+def _entry(inputs: OpInputs) -> str:
+    """The entry of `_KERNELS` that runs these inputs."""
+    if isinstance(inputs, DeltaInputs) and inputs.log_f_BTH is None and inputs.v_BTHV.dtype != torch.float32:
+        return "delta_rule without decay"
+    return inputs.family
+
+
+def _matrix_state(inputs: MatrixInputs, gates: tuple[Tensor, ...], state: State | None) -> tuple[Tensor, State]:
     """Run a chunk kernel with the scale given, never the kernel's default, and every head dimension padded to the least it multiplies."""
     K, V, dtype = inputs.k_BTHK.shape[-1], inputs.v_BTHV.shape[-1], inputs.v_BTHV.dtype
-    o_BTHV, final_BHKV = _kernel(inputs.family)(
+    o_BTHV, final_BHKV = _kernel(_entry(inputs))(
         _padded(inputs.q_BTHK.to(dtype), 1),
         _padded(inputs.k_BTHK.to(dtype), 1),
         _padded(inputs.v_BTHV, 1),
-        log_f,
+        *gates,
         scale=inputs.scale,
         initial_state=None if state is None else _padded(state[0].float(), 2),
         output_final_state=True,
@@ -125,9 +151,9 @@ def _padded(x: Tensor, dims: int) -> Tensor:
     return F.pad(x, [n for m in missing for n in (0, m)]) if any(missing) else x
 
 
-def _kernel(family: str) -> Callable[..., Any]:
-    """The fla function of one family; fla is imported here, at the first call, because that takes 8 seconds."""
-    module, name = _KERNELS[family]
+def _kernel(entry: str) -> Callable[..., Any]:
+    """The fla function of one entry of `_KERNELS`; fla is imported here, at the first call, because that takes 8 seconds."""
+    module, name = _KERNELS[entry]
     try:
         return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
     except ModuleNotFoundError as error:

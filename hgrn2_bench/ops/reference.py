@@ -9,7 +9,7 @@ Shape letters: B batch, T time, S cached plus new time, H heads, K key, V value,
 import torch
 from torch import Tensor
 
-from hgrn2_bench.ops.families import DecayInputs, DiagonalInputs, ScalarDecayInputs, SelectiveInputs, SoftmaxInputs, State
+from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalInputs, ScalarDecayInputs, SelectiveInputs, SoftmaxInputs, State
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
@@ -36,6 +36,27 @@ def _matrix_state(inputs: DecayInputs | ScalarDecayInputs, log_f_BTHK: Tensor, s
     o = []
     for q_BHK, k_BHK, v_BHV, f_BHK in zip(q.unbind(1), k.unbind(1), v.unbind(1), log_f.exp().unbind(1), strict=True):
         S_BHKV = f_BHK[..., None] * S_BHKV + k_BHK[..., None] * v_BHV[..., None, :]
+        o.append(inputs.scale * (q_BHK[..., None] * S_BHKV).sum(-2))
+    return torch.stack(o, 1).to(inputs.v_BTHV.dtype), (S_BHKV,)
+
+
+def delta_rule(inputs: DeltaInputs, state: State | None) -> tuple[Tensor, State]:
+    """S_t = f_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T, o_t = scale S_t^T q_t.
+
+    Gated DeltaNet, arXiv 2412.06464, section 3.1, whose state is the transpose of ours; DeltaNet, arXiv 2406.06484, is f_t = 1.
+    Written as its factors: f_t S_{t-1} first, then beta_t of the difference between v_t and what k_t recalls from that.
+    """
+    log_f_BTH = torch.zeros_like(inputs.beta_BTH) if inputs.log_f_BTH is None else inputs.log_f_BTH
+    dtype = wide_dtype(inputs.q_BTHK, inputs.k_BTHK, inputs.v_BTHV, inputs.beta_BTH, log_f_BTH)
+    q, k, v, beta = (x.to(dtype) for x in (inputs.q_BTHK, inputs.k_BTHK, inputs.v_BTHV, inputs.beta_BTH[..., None]))
+    f = log_f_BTH.to(dtype).exp()[..., None, None]
+    B, _, H, K = q.shape
+    S_BHKV = q.new_zeros(B, H, K, v.shape[-1]) if state is None else state[0].to(dtype)
+    o = []
+    for q_BHK, k_BHK, v_BHV, beta_BH1, f_BH11 in zip(*(x.unbind(1) for x in (q, k, v, beta, f)), strict=True):
+        S_BHKV = f_BH11 * S_BHKV
+        u_BHV = beta_BH1 * (v_BHV - (k_BHK[..., None] * S_BHKV).sum(-2))
+        S_BHKV = S_BHKV + k_BHK[..., None] * u_BHV[..., None, :]
         o.append(inputs.scale * (q_BHK[..., None] * S_BHKV).sum(-2))
     return torch.stack(o, 1).to(inputs.v_BTHV.dtype), (S_BHKV,)
 

@@ -210,5 +210,6 @@ PROTOCOL = Protocol(
     data_schema=MQARConfig,
     name_task=name_task,
     presets={"test": TEST, "smoke": SMOKE, "paper": PAPER},
+    budget=("train_examples",),
     solved=0.99,  # Zoology's early-stopping threshold
 )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of fla_cases, where pytest was given this folder alone
-from fla_cases import Case, autotuners, decay_case, diagonal_case, errors, results, to
+from fla_cases import Case, autotuners, decay_case, delta_case, diagonal_case, errors, results, to
 
 from hgrn2_bench.ops import families, fla
 from hgrn2_bench.ops.families import DecayInputs, ScalarDecayInputs
@@ -27,6 +27,8 @@ pytestmark = [
 FAMILIES: dict[str, Callable[..., Case]] = {
     "per_channel_decay": decay_case,
     "scalar_decay": partial(decay_case, scalar=True),
+    "delta_rule": delta_case,
+    "delta_rule without decay": partial(delta_case, decays=False),
     "diagonal_scan": diagonal_case,
 }
 TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 2e-2}  # fp32 matrix products run in tf32
@@ -52,10 +54,10 @@ def on_gpu(case: Case) -> Case:
 
 
 def has_gradient(family: str) -> bool:
-    """Whether fla gives the gradient: on Hopper it refuses the scalar decay's with the Triton versions that miscompile it."""
+    """Whether fla gives the gradient: on Hopper it refuses those of one decay per head with the Triton versions that miscompile them."""
     triton = tuple(int(part) for part in version("triton").split(".")[:3])
     refused = torch.cuda.get_device_capability()[0] == 9 and (3, 4) <= triton < (3, 7, 1) and find_spec("tilelang") is None
-    return family != "scalar_decay" or not refused
+    return family in ("per_channel_decay", "diagonal_scan") or not refused
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -73,7 +75,7 @@ def test_complex_scan_matches_reference(phase: str) -> None:
     assert all(error < 1e-4 for error in found.values()), found  # no matrix product, hence no tf32
 
 
-@pytest.mark.parametrize("family", ["per_channel_decay", "scalar_decay"])
+@pytest.mark.parametrize("family", ["per_channel_decay", "scalar_decay", "delta_rule"])
 def test_head_dimension_8_is_padded(family: str) -> None:
     inputs, state = on_gpu(FAMILIES[family](100, 8))
     found = errors(inputs, state, gradients=has_gradient(family))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from hgrn2_bench.ops import chunked, families, reference
-from hgrn2_bench.ops.families import DecayInputs, SelectiveInputs, SoftmaxInputs
+from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, SelectiveInputs, SoftmaxInputs
 
 ROUNDS = 12
 Call = Callable[[], object]
@@ -68,6 +68,13 @@ def test_per_channel_decay_is_faster_than_step_by_step() -> None:
     inputs = decay_inputs()
     steps = training_step(reference.per_channel_decay, inputs)
     assert ratio(training_step(chunked.per_channel_decay, inputs), steps) <= 1 / 2  # seen: 1 / 7; the aim is 1 / 3
+
+
+def test_delta_rule_is_faster_than_step_by_step() -> None:
+    q, k, v = torch.randn(3, 64, 64, 1, 64).unbind(0)
+    inputs = DeltaInputs(q, F.normalize(k, dim=-1), v, torch.rand(64, 64, 1), F.logsigmoid(torch.randn(64, 64, 1)))
+    steps = training_step(reference.delta_rule, inputs)
+    assert ratio(training_step(chunked.delta_rule, inputs), steps) <= 1 / 2  # seen: 1 / 4.7
 
 
 def test_selective_scan_is_faster_than_step_by_step() -> None:

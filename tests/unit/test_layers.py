@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hgrn2_bench.interfaces import Context, MixerSpec
-from hgrn2_bench.layers import ForgetGate, ShortConv, conv_buffers, conv_names, forget_gate, rms_norm
+from hgrn2_bench.layers import ForgetGate, ShortConv, conv_buffers, conv_names, forget_gate, l2_norm, rms_norm
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -97,3 +97,14 @@ def test_a_gate_without_forget_bias_has_no_parameters() -> None:
 def test_rms_norm_has_unit_mean_square() -> None:
     y = rms_norm(torch.randn(3, 64, generator=torch.Generator().manual_seed(0)))
     torch.testing.assert_close((y**2).mean(-1), torch.ones(3), rtol=1e-3, atol=0)
+
+
+def test_l2_norm_has_length_one_in_any_dtype_and_leaves_zero_alone() -> None:
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(l2_norm(x).norm(dim=-1), torch.ones(3))
+    assert l2_norm(x.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(l2_norm(x.bfloat16()).float(), l2_norm(x), rtol=0.02, atol=1e-3)
+    zero = torch.zeros(2, 4, requires_grad=True)
+    l2_norm(zero).sum().backward()
+    assert zero.grad is not None
+    assert zero.grad.isfinite().all()

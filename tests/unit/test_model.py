@@ -10,7 +10,7 @@ from torch import nn
 from hgrn2_bench import measure, registry
 from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.interfaces import Context
+from hgrn2_bench.interfaces import Context, recomputing
 from hgrn2_bench.model import SequenceModel, bounds, sinusoid
 
 BASE = ModelConfig(d_model=16, num_layers=2)
@@ -148,9 +148,26 @@ def test_effective_says_what_was_built():
     assert measure.effective(build("attention"))["median_decay_at_init"] is None
 
 
-def test_peak_memory_sees_an_allocation():
-    first = measure.PeakMemory("cpu")
-    block = torch.ones(32 * 2**20)
-    assert 110 * 2**20 < first.read() < 400 * 2**20
-    assert measure.PeakMemory("cpu").read() < 20 * 2**20  # what was held before does not count
-    assert block.sum() > 0
+class Backwards(nn.Module):
+    """A plain module that looks ahead."""
+
+    def __init__(self, d_model):
+        super().__init__()
+        self.linear = nn.Linear(d_model, d_model)
+
+    def forward(self, x):
+        return self.linear(x.flip(1))
+
+
+def test_plain_module_that_looks_ahead_is_called_not_causal_and_its_flops_are_unknown():
+    model = SequenceModel(BASE, recomputing(Backwards), {}, "module", 11, 12)
+    assert measure.effective(model)["causal"] is False
+    assert measure.train_flops_per_token(model, 12) is None
+    assert measure.effective(build("attention"))["causal"] is True
+    assert measure.effective(build("attention", settings={"causal": False}))["causal"] is False
+
+
+def test_local_mixing_is_what_was_built_not_what_was_asked():
+    asked = SequenceModel(dataclasses.replace(BASE, conv=4), recomputing(Backwards), {}, "module", 11, 12)
+    assert measure.effective(asked)["local_mixing"] == "none"
+    assert measure.effective(build(conv=3))["local_mixing"] == "conv 3"

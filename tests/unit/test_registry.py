@@ -130,7 +130,7 @@ def test_models_are_called_after_their_file_and_point_to_their_class():
         assert model.name == name
         assert model.module.endswith(f".{name}")
         assert model.is_mixer
-        assert model.class_name.lower() == name
+        assert model.class_name.lower() == name.replace("_", "")
 
 
 def test_models_are_summarised_by_their_first_docstring_line():

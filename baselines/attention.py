@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, heads_of
-from hgrn2_bench.layers import ShortConv, conv_buffers, conv_names, split_heads
+from hgrn2_bench.layers import ShortConv, conv_buffers, split_heads
 from hgrn2_bench.ops.families import SoftmaxInputs
 
 
@@ -84,7 +84,6 @@ class Attention(Mixer):
             "norm": "none",
             "bias": self.bias,
             "forget_bias": "none",
-            "conv": conv_names(self),
         }
 
 

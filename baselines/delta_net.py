@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, fewest_heads, heads_of
-from hgrn2_bench.layers import ShortConv, conv_buffers, conv_names, l2_norm, split_heads
+from hgrn2_bench.layers import ShortConv, conv_buffers, l2_norm, split_heads
 from hgrn2_bench.ops.families import DeltaInputs
 
 HEAD_DIM = 128  # of the published models: 16 heads at width 2048 (fla, fla/models/delta_net/configuration_delta_net.py)
@@ -85,5 +85,4 @@ class DeltaNet(Mixer):
             "bias": False,
             "forget_bias": "no decay",
             "gate_dtype": "float32",
-            "conv": conv_names(self),
         }

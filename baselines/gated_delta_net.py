@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, expanded_width, fewest_heads, heads_of
-from hgrn2_bench.layers import ShortConv, conv_buffers, conv_names, l2_norm, split_heads
+from hgrn2_bench.layers import ShortConv, conv_buffers, l2_norm, split_heads
 from hgrn2_bench.ops.families import DeltaInputs
 
 HEAD_K = 256  # of the published models: 6 heads at width 2048 (fla, fla/layers/gated_deltanet.py)
@@ -120,5 +120,4 @@ class GatedDeltaNet(Mixer):
             "bias": False,
             "forget_bias": "subtracted from the bias of dt_proj",
             "gate_dtype": "float32",
-            "conv": conv_names(self),
         }

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, expanded_width, heads_of
-from hgrn2_bench.layers import ShortConv, conv_buffers, conv_names, split_heads
+from hgrn2_bench.layers import ShortConv, conv_buffers, split_heads
 from hgrn2_bench.ops.families import DecayInputs
 
 
@@ -101,5 +101,4 @@ class GLA(Mixer):
             "bias": False,
             "forget_bias": f"bias of forget_proj, f = sigmoid(logit)^(1/{self.gate_logit_normalizer})",
             "gate_dtype": "float32",
-            "conv": conv_names(self),
         }

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from hgrn2_bench.errors import unknown
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec
-from hgrn2_bench.layers import ForgetGate, ShortConv, conv_buffers, conv_names, split_heads
+from hgrn2_bench.layers import ForgetGate, ShortConv, conv_buffers, split_heads
 from hgrn2_bench.ops.families import DiagonalInputs
 
 VARIANTS = ("paper", "fla")
@@ -98,5 +98,4 @@ class HGRN1(Mixer):
             "bias": self.complex,
             "forget_bias": self.forget_gate.describe(self.in_proj),
             "gate_dtype": "float32",
-            "conv": conv_names(self),
         }

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from hgrn2_bench.errors import ConfigError, unknown
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, heads_of
-from hgrn2_bench.layers import ShortConv, conv_buffers, conv_names, identity, split_heads
+from hgrn2_bench.layers import ShortConv, conv_buffers, identity, split_heads
 from hgrn2_bench.ops.families import ScalarDecayInputs
 
 EPS = 1e-6  # added to phi(q) . z: idiap/fast-transformers, fast_transformers/attention/causal_linear_attention.py
@@ -106,5 +106,4 @@ class LinearAttention(Mixer):
             "norm": "none",
             "bias": self.bias,
             "forget_bias": "none",
-            "conv": conv_names(self),
         }

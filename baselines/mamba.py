@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec
-from hgrn2_bench.layers import ShortConv, conv_buffers, conv_names
+from hgrn2_bench.layers import ShortConv, conv_buffers
 from hgrn2_bench.ops.families import SelectiveInputs
 
 DT_MIN, DT_MAX = 1e-3, 1e-1  # state-spaces/mamba, mamba_ssm/modules/mamba_simple.py
@@ -115,5 +115,4 @@ class Mamba(Mixer):
             "bias": False,
             "forget_bias": "subtracted from the bias of dt_proj",
             "gate_dtype": "float32",
-            "conv": conv_names(self),
         }

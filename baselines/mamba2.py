@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, heads_of
-from hgrn2_bench.layers import ShortConv, conv_buffers, conv_names, split_heads
+from hgrn2_bench.layers import ShortConv, conv_buffers, split_heads
 from hgrn2_bench.ops.families import ScalarDecayInputs
 
 # state-spaces/mamba, mamba_ssm/modules/mamba2.py
@@ -117,5 +117,4 @@ class Mamba2(Mixer):
             "bias": False,
             "forget_bias": "subtracted from dt_bias",
             "gate_dtype": "float32",
-            "conv": conv_names(self),
         }

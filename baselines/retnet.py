@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, expanded_width, heads_of
-from hgrn2_bench.layers import ShortConv, conv_buffers, conv_names, rms_norm, split_heads
+from hgrn2_bench.layers import ShortConv, conv_buffers, rms_norm, split_heads
 from hgrn2_bench.ops.families import ScalarDecayInputs
 
 # microsoft/torchscale, torchscale/architecture: retnet.py (RetNetRelPos) and config.py (RetNetConfig)
@@ -119,7 +119,6 @@ class RetNet(Mixer):
             "norm": "RMSNorm per head, without weights",
             "bias": False,
             "forget_bias": "none",
-            "conv": conv_names(self),
         }
 
 

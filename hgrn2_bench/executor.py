@@ -143,7 +143,7 @@ class LocalExecutor:
             if time.monotonic() >= not_before:
                 for each in [w for w in self.workers if w.order is None][: len(todo)]:
                     each.send(todo.popleft())
-            late = [w for w in self.workers if timeout_s and w.order and time.monotonic() - w.since > timeout_s]
+            late = [w for w in self.workers if timeout_s and w.ready and w.order and time.monotonic() - w.since > timeout_s]
             events: list[Event | None] = [self._replace(w, "timeout", f"no result after {timeout_s:g} s") for w in late]
             for event in events + [self._receive(w) for w in self._readable()]:
                 if event is None:

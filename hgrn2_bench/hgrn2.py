@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hgrn2_bench.errors import unknown
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, heads_of
-from hgrn2_bench.layers import ACTIVATIONS, ForgetGate, ShortConv, conv_buffers, conv_names, split_heads
+from hgrn2_bench.layers import ACTIVATIONS, ForgetGate, ShortConv, conv_buffers, split_heads
 from hgrn2_bench.ops.families import DecayInputs
 
 
@@ -124,5 +124,4 @@ class HGRN2(Mixer):
             "bias": self.parts.bias,
             "forget_bias": self.forget_gate.describe(self.in_proj),
             "gate_dtype": "float32",
-            "conv": conv_names(self),
         }

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hgrn2_bench.interfaces import Context
-from hgrn2_bench.layers import ShortConv
+from hgrn2_bench.layers import ShortConv, conv_names
 from hgrn2_bench.model import SequenceModel
 from hgrn2_bench.ops import families
 
@@ -70,8 +70,9 @@ def effective(model: SequenceModel) -> dict[str, Any]:
     widths = {m.width for m in mixer.modules() if isinstance(m, ShortConv)}
     return {
         "local_mixing": " ".join(f"conv {width}" for width in sorted(widths)) or "none",
-        **mixer.effective(),
+        "conv": conv_names(mixer),
         "causal": is_causal(model),
+        **mixer.effective(),
         "kernel": kernel(mixer.spec.backend, inputs),
         "state_dtype": "float32" if recurrent else "that of the activations",
         "positions": model.config.positions,

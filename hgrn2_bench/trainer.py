@@ -114,7 +114,6 @@ class Trainer:
         while self.at.step < self.steps and not self.at.stopped:
             self._step()
             at = self.at
-            at.train_s = time.perf_counter() - began
             if at.step % self.eval_every == 0 or at.step == self.steps:
                 self._evaluate()
             if at.step % LOG_EVERY == 0 or at.step == self.steps or at.stopped:

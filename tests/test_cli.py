@@ -268,6 +268,12 @@ def test_cell_beyond_its_time_limit_is_a_timeout(tmp_path):
     assert "timeout 1/1: no result after 6 s" in done.stdout
 
 
+def test_time_limit_does_not_count_the_start_of_a_worker(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text('import sys, time\nif "spawn_main" in " ".join(sys.orig_argv): time.sleep(6)')
+    done = bench(*TEST, "model=attention", "--timeout", "5", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stdout
+
+
 def test_damaged_and_foreign_cell_folders_are_set_aside_with_a_line(tmp_path):
     words = (*TEST, "model=attention,hgrn1")
     first = bench(*words, cwd=tmp_path)

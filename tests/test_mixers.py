@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hgrn2_bench import registry
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, MixerState
+from hgrn2_bench.layers import conv_names
 from hgrn2_bench.measure import log_decay_of
 
 D, T = 32, 17
@@ -264,7 +265,7 @@ def test_effective_is_json_and_says_what_was_built(case: Case) -> None:
     effective = mixer.effective()
     assert json.loads(json.dumps(effective)) == effective
     streams = [n for n, m in mixer.named_modules() if n.startswith("conv_") and "." not in n]
-    assert sorted(effective["conv"]) == sorted(streams)
+    assert sorted(conv_names(mixer)) == sorted(streams)
     assert bool(streams) == bool(case.conv)
     if "head_k" in effective:
         op = mixer.project(inputs(1, 3), case.context())

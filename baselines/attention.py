@@ -31,11 +31,14 @@ class Attention(Mixer):
     num_heads: int = 1
     causal: bool = True
     bias: bool = True
+    dropout: float = 0.0
 
     def __init__(self, spec: MixerSpec) -> None:
         super().__init__(spec)
         D = spec.d_model
         self.head_dim = heads_of(D, self.num_heads, "num_heads", result="head dimension")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"attention.dropout={self.dropout} must be at least 0 and less than 1")
         self.rope = spec.positions == "rope"
         if self.rope and self.head_dim % 2:
             raise ConfigError(f"positions=rope needs an even head dimension; d_model={D} / num_heads={self.num_heads} = {self.head_dim}")
@@ -56,7 +59,8 @@ class Attention(Mixer):
         if self.rope:
             offset = ctx.state["op"][0].shape[1] if ctx.state else 0
             q, k = rotate(q, offset), rotate(k, offset)
-        return SoftmaxInputs(q_BTHK=q, k_BTHK=k, v_BTHV=v, scale=self.scale, causal=self.causal)
+        dropout = self.dropout if self.training else 0.0
+        return SoftmaxInputs(q_BTHK=q, k_BTHK=k, v_BTHV=v, scale=self.scale, causal=self.causal, dropout=dropout)
 
     def readout(self, o: Tensor, x_BTD: Tensor) -> Tensor:
         """The output projection."""
@@ -80,6 +84,7 @@ class Attention(Mixer):
             "head_v": self.head_dim,
             "scale": self.scale,
             "causal": self.causal,
+            "dropout": self.dropout,
             "rope_base": ROPE_BASE if self.rope else None,
             "norm": "none",
             "bias": self.bias,

@@ -61,6 +61,7 @@ def run(
     from hgrn2_bench.cells import CellFolder, check_results
     from hgrn2_bench.executor import LocalExecutor, default_workers
     from hgrn2_bench.plan import make_plan
+    from hgrn2_bench.tuning import required
 
     if device not in DEVICES:
         raise unknown("device", device, DEVICES)
@@ -80,15 +81,20 @@ def run(
                 _print_plan(plan, descriptions, finished, count)
                 return
             if todo:
-                print(_opening(plan, todo, count), file=sys.stderr)
-                finished |= _run_cells(executor, todo, descriptions, results, force, timeout or None)
+                _hint(words, plan)
+            while todo := [cell for cell in required(plan.cells, finished, plan.protocol) if cell.key not in finished]:
+                print(_opening(plan, todo, len(finished), count), file=sys.stderr)
+                ran = _run_cells(executor, todo, descriptions, results, force, timeout or None)
+                finished |= ran
+                if len(ran) < len(todo):
+                    break
     except KeyboardInterrupt:  # while planning; running cells have a stop of their own
         print("stopped", file=sys.stderr)
         sys.exit(130)
     rows = [row for cell in plan.cells for row in finished.get(cell.key, [])]
     _print_tables(rows, plan.protocol.name, "md")
     print(f"rows: {results}/cells/{plan.protocol.name}/<cell>/rows.jsonl", file=sys.stderr)
-    lost = any(cell.key not in finished for cell in plan.cells)
+    lost = any(cell.key not in finished for cell in required(plan.cells, finished, plan.protocol))
     sys.exit(1 if lost or any(row.status not in ("ok", "skipped") for row in rows) else 0)
 
 
@@ -105,9 +111,15 @@ def _device(name: str) -> str:
     return ("cuda" if cuda_devices() else "cpu") if name == "auto" else name
 
 
-def _opening(plan: "Plan", todo: "Sequence[Cell]", workers: int) -> str:
+def _hint(words: Sequence[str], plan: "Plan") -> None:
+    """On a GPU the preset for a laptop's CPU is not what its owner came for: name the one that is, with what it takes."""
+    short = plan.protocol.presets.get("short")
+    if plan.cells[0].device == "cuda" and short and not any(word.startswith("preset=") for word in words):
+        print(f"note: preset {plan.preset} is made for a CPU; on this GPU try preset=short: {short.summary}", file=sys.stderr)
+
+
+def _opening(plan: "Plan", todo: "Sequence[Cell]", done: int, workers: int) -> str:
     """One line that says what starts."""
-    done = len(plan.cells) - len(todo)
     first = todo[0]
     kept = f" ({done} finished before)" if done else ""
     backends = ", ".join(sorted({cell.backend for cell in todo}))
@@ -169,6 +181,7 @@ def _print_plan(plan: "Plan", descriptions: dict[str, tuple[Any, str]], finished
     from hgrn2_bench.console import duration
     from hgrn2_bench.plan import swept
     from hgrn2_bench.render import byte_count, count
+    from hgrn2_bench.tuning import count as count_cells
 
     groups: dict[str, list[Cell]] = {}
     for cell in plan.cells:
@@ -177,9 +190,10 @@ def _print_plan(plan: "Plan", descriptions: dict[str, tuple[Any, str]], finished
     lines, seconds = [], 0.0
     for cells in groups.values():
         first, (about, fault) = cells[0], descriptions[cells[0].key]
-        left = sum(cell.key not in finished for cell in cells)
+        total = count_cells(cells, plan.protocol)
+        left = min(total, sum(cell.key not in finished for cell in cells))
         varied = ", ".join(f"{k}={v}" for k, v in settings[first.key].items())
-        line = [first.task, first.model, varied, f"{len(cells)} ({left} to run)"]
+        line = [first.task, first.model, varied, f"{total} ({left} to run)"]
         if about is None:
             lines.append([*line, f"cannot be built: {fault}"])
             continue
@@ -191,7 +205,7 @@ def _print_plan(plan: "Plan", descriptions: dict[str, tuple[Any, str]], finished
     names = ["task", "model", "settings", "cells", "parameters", "non-embedding", "state", "steps", "train FLOPs", "time a cell (estimate)"]
     print(tabulate(lines, names, tablefmt="github", disable_numparse=True))
     first = plan.cells[0]
-    print(f"\n{len(plan.cells)} cells, {first.device}, {first.dtype}; protocol version {first.protocol_version}")
+    print(f"\n{count_cells(plan.cells, plan.protocol)} cells, {first.device}, {first.dtype}; protocol version {first.protocol_version}")
     if first.device == "cpu":
         print(f"estimate without early stops: {duration(seconds / workers)} with {workers} worker{'s' * (workers > 1)}")
 

@@ -36,6 +36,8 @@ class ModelConfig:
     embed_dropout: float = 0.0
     dropout: float = 0.0
     init: str = choice("mixer", "blanket")
+    first_layer: str = "none"
+    """A registered model whose mixer takes layer 0 of every model, or `none`."""
 
     def __post_init__(self) -> None:
         require(1 <= self.d_model <= MAX_WIDTH, f"d_model={self.d_model} must be at least 1 and at most {MAX_WIDTH}")
@@ -68,7 +70,11 @@ class TrainConfig:
     eval_batch_size: int = 256
     stop_at: float = 0.0
     select: str = choice("validation", "test")
+    tune_on: str = choice("every_seed", "first_seed")
+    """With `first_seed` the tuning grid is run on the lowest seed alone, and its best point on the others."""
     keep: str = choice("last", "best")
+    cuda_graph: bool = True
+    """On a GPU: replay the training step as one CUDA graph. Off for debugging, and to see what it saves."""
 
     def __post_init__(self) -> None:
         require(0 < self.lr <= MAX_LR, f"lr={self.lr} must be positive and at most {MAX_LR:g}")

@@ -19,7 +19,7 @@ from hgrn2_bench import measure, provenance, registry
 from hgrn2_bench.cells import CellFolder, replace_file
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.model import SequenceModel
-from hgrn2_bench.plan import Cell, Description
+from hgrn2_bench.plan import Cell, Description, versions
 from hgrn2_bench.protocol import Metric
 from hgrn2_bench.results import Row
 from hgrn2_bench.trainer import DivergedError, InterruptedTrainingError, Progress, TrainableTask, Trainer
@@ -36,6 +36,8 @@ class Shape:
     labels_per_token: float
     steps_per_epoch: int
     tokens_per_epoch: int
+    step_tokens: int
+    """Tokens of a full step; the mean where steps differ."""
 
 
 class Runner(TrainableTask, Protocol):
@@ -58,8 +60,8 @@ class Runner(TrainableTask, Protocol):
         """The untrained model on the CPU, its weights drawn from torch's global generator."""
         ...
 
-    def metrics(self, model: Any, split: str) -> Sequence[Metric]:
-        """Every metric on a split, the primary one first."""
+    def report(self, model: Any) -> Sequence[Metric]:
+        """Every metric of the trained model on the validation split, on the test split, and on any further one; the primary ones first."""
         ...
 
 
@@ -126,6 +128,7 @@ class Facts:
     progress: Progress = dataclasses.field(default_factory=Progress)
     peak_bytes: int | None = None
     weights_hash: str = ""
+    training_step: str = ""
     workers: int = 1
 
 
@@ -169,7 +172,7 @@ def outcome_of(error: Exception) -> tuple[str, str]:
 def _train_and_measure(
     cell: Cell, folder: CellFolder, facts: Facts, report: Callable[[int, int, str], None], stop: Callable[[], bool]
 ) -> list[Metric]:
-    if registry.model(cell.model_ref).version != cell.mixer_version:
+    if versions(registry.model(cell.model_ref), cell.model_config.first_layer) != cell.mixer_version:
         raise ConfigError(f"{cell.model_ref} changed after the run was planned; run again")
     model = build(cell)
     facts.description = describe(cell, model)
@@ -187,7 +190,8 @@ def _train_and_measure(
             facts.peak_bytes = int(torch.cuda.max_memory_allocated())
     model.eval()
     facts.weights_hash = weights_hash(model)
-    return [metric for split in ("validation", "test") for metric in runner.metrics(model, split)]
+    facts.training_step = trainer.steps.mode
+    return list(runner.report(model))
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -220,29 +224,36 @@ def device_is_broken(cell: Cell) -> bool:
     return False
 
 
+def _effective(cell: Cell, facts: Facts) -> dict[str, Any]:
+    """What was built; on a GPU also how its steps ran, and whether float32 products may have been rounded to TF32."""
+    built = dict(facts.description.effective) if facts.description else {}
+    if cell.device == "cuda":
+        built |= {"training_step": facts.training_step, "float32_matmul": torch.get_float32_matmul_precision()}
+    return built
+
+
 def _shared_fields(cell: Cell, facts: Facts) -> dict[str, Any]:
     """The fields that all rows of a cell have in common."""
     description, runner, at = facts.description, facts.runner, facts.progress
     step_s = statistics.median(at.step_times) if at.step_times else None
     shape = runner_class(cell).shape(cell)
-    full_step = min(cell.train.batch_size * shape.seq_len, shape.tokens_per_epoch)  # the last step of an epoch may be shorter
     epochs, rest = divmod(at.step, shape.steps_per_epoch)
     commit, dirty = provenance.commit()
     same = ("suite", "protocol_version", "preset", "task", "model", "mixer_version", "seed", "device", "processes", "backend", "dtype")
     return {name: getattr(cell, name) for name in same} | {
         "command": cell.command,
         "settings": cell.fields(),
-        "effective": dict(description.effective) if description else {},
+        "effective": _effective(cell, facts),
         "parameters": description.parameters if description else None,
         "non_embedding_parameters": description.non_embedding_parameters if description else None,
         "state_bytes": description.state_bytes if description else None,
         "train_flops_per_token": description.train_flops_per_token if description else None,
         "steps": at.step,
-        "tokens": epochs * shape.tokens_per_epoch + rest * full_step,
+        "tokens": epochs * shape.tokens_per_epoch + rest * shape.step_tokens,
         "wall_s": round(at.train_s, 3),
-        "compile_s": round(max(0.0, at.first_step_s - (step_s or 0)), 3),
+        "compile_s": round(max(0.0, at.warm_s - at.warm_steps * (step_s or 0)), 3),
         "step_s": step_s,
-        "tokens_per_s": full_step / step_s if step_s else None,
+        "tokens_per_s": shape.step_tokens / step_s if step_s else None,
         "peak_bytes": facts.peak_bytes,
         "device_name": provenance.device_name(cell.device) if cell.device == "cpu" or torch.cuda.is_available() else "none",
         "threads": torch.get_num_threads(),

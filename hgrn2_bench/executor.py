@@ -22,6 +22,7 @@ from typing import Any
 from hgrn2_bench import worker
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.plan import Cell
+from hgrn2_bench.provenance import cuda_devices
 
 LOCK_POLL_S = 1.0
 STOP_WITHIN_S = 20.0
@@ -49,10 +50,11 @@ class _Order:
 class _Worker:
     """One child process and what it is doing."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, gpu: int) -> None:
+        self.gpu = gpu
         context = multiprocessing.get_context("spawn")  # fork after a library has started threads is not safe
         self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=worker.main, args=(theirs, threads), daemon=True)
+        self.process: BaseProcess = context.Process(target=worker.main, args=(theirs, threads, gpu), daemon=True)
         stops = (signal.SIGINT, signal.SIGTERM)  # the parent's business, from the child's first instruction: ignoring is inherited
         ours = [signal.signal(each, signal.SIG_IGN) for each in stops]
         try:
@@ -81,9 +83,9 @@ class _Worker:
 
 
 def default_workers(device: str) -> int:
-    """As many one-thread workers as cores that this process may use (affinity, container quota) on a CPU; one on a GPU."""
+    """As many one-thread workers as cores that this process may use (affinity, container quota) on a CPU; one for each GPU."""
     if device != "cpu":
-        return 1
+        return max(1, cuda_devices())
     cores = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -93,7 +95,7 @@ def default_workers(device: str) -> int:
 
 
 class LocalExecutor:
-    """A pool of one-thread worker processes; a crashed one is replaced and costs only its own cell."""
+    """A pool of one-thread worker processes, spread over the GPUs there are; a crashed one is replaced and costs only its own cell."""
 
     def __init__(self, workers: int, threads: int = 1) -> None:
         self.count, self.threads = workers, threads
@@ -139,7 +141,8 @@ class LocalExecutor:
         mine: set[str] = {order.cell.key for order in orders}
         while mine:
             while len(self.workers) < min(self.count, len(mine)):
-                self.workers.append(_Worker(self.threads))
+                busy = [w.gpu for w in self.workers]
+                self.workers.append(_Worker(self.threads, min(range(max(1, cuda_devices())), key=busy.count)))
             if time.monotonic() >= not_before:
                 for each in [w for w in self.workers if w.order is None][: len(todo)]:
                     each.send(todo.popleft())

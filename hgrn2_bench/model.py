@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hgrn2_bench import registry
 from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec
 
@@ -22,6 +23,17 @@ from hgrn2_bench.interfaces import Context, Mixer, MixerSpec
 def mixer_spec(config: ModelConfig, layer: int, backend: str, settings: Mapping[str, Any]) -> MixerSpec:
     """What the configuration says to the mixer of one layer."""
     return MixerSpec(config.d_model, layer, config.num_layers, config.conv, config.forget_bias, config.positions, backend, settings)
+
+
+def make_mixers(config: ModelConfig, mixer: type[Mixer], settings: Mapping[str, Any], backend: str) -> list[Mixer]:
+    """The mixer of every layer: the model's own, but in layer 0 the one that `first_layer` names, with its default settings."""
+    made = []
+    for layer in range(config.num_layers):
+        if layer == 0 and config.first_layer != "none":
+            made.append(registry.load(config.first_layer)(mixer_spec(config, layer, backend, {})))
+        else:
+            made.append(mixer(mixer_spec(config, layer, backend, settings)))
+    return made
 
 
 class GLU(nn.Module):
@@ -114,8 +126,7 @@ class SequenceModel(nn.Module):
         if config.positions == "sinusoid":
             self.register_buffer("sinusoid", sinusoid(max_len, config.d_model), persistent=False)
         self.bound_table = nn.Parameter(torch.ones(config.num_layers, config.d_model)) if config.lower_bound != "none" else None
-        specs = [mixer_spec(config, layer, backend, settings) for layer in range(config.num_layers)]
-        self.blocks = nn.ModuleList(Block(config, mixer(spec)) for spec in specs)
+        self.blocks = nn.ModuleList(Block(config, each) for each in make_mixers(config, mixer, settings, backend))
         self.norm = make_norm(config)
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
         self.embed_dropout = nn.Dropout(config.embed_dropout)

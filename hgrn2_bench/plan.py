@@ -242,6 +242,9 @@ class _CellMaker:
         settings = dataclasses.asdict(self.model.settings(**own))
         cell: CellConfig = built.pop("cell")
         task = self.protocol.name_task(built["data"])
+        first = built["model_config"].first_layer
+        if first != "none" and first not in registry.models():
+            raise unknown("first_layer", first, ["none", *registry.models()])
         return Cell(
             suite=self.protocol.name,
             protocol_version=self.protocol.version,
@@ -249,7 +252,7 @@ class _CellMaker:
             task=task,
             model=self.model.name,
             model_ref=self.ref,
-            mixer_version=self.model.version,
+            mixer_version=versions(self.model, first),
             seed=cell.seed,
             backend=resolve_backend(cell.backend, self.device, self.model),
             dtype=cell.dtype,
@@ -267,6 +270,11 @@ class _CellMaker:
         words += [f"task={self.task}", f"model={_written(self.ref)}", f"seed={seed}"]
         words += [f"{name}={_written(values[name])}" for name in dict.fromkeys([*swept, *typed]) if name in values and name != "seed"]
         return shlex.join(["python", "-m", "hgrn2_bench", "run", *words, "--device", self.device])
+
+
+def versions(model: registry.Model, first_layer: str) -> str:
+    """The version of a model, with that of the mixer in its first layer where it has one of its own."""
+    return model.version if first_layer == "none" else f"{model.version} {first_layer}:{registry.model(first_layer).version}"
 
 
 def _written(value: Any) -> str:

@@ -156,18 +156,41 @@ def _lines(runs: Sequence[Run], protocol: Protocol) -> list[Line]:
     return sorted(lines, key=lambda line: _rank(line, protocol), reverse=True)
 
 
-def _best_line(runs: Sequence[Run], protocol: Protocol) -> Line:
+def best_point(rows: Iterable[Row], protocol: Protocol) -> tuple[Any, ...]:
+    """The best values of the tuned keys among rows that are equal in all else but the seed."""
+    return _best_of(_grid(_runs(rows, protocol.metric), protocol), protocol)
+
+
+def _grid(runs: Iterable[Run], protocol: Protocol) -> dict[tuple[Any, ...], list[Run]]:
+    """Runs by their values of the tuned keys."""
     grid: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in runs:
         grid[tuple(run.row.settings.get(k) for k in protocol.tuned)].append(run)
+    return grid
+
+
+def _best_of(grid: Mapping[tuple[Any, ...], Sequence[Run]], protocol: Protocol) -> tuple[Any, ...]:
+    """The point with the best mean on the selection split; a point with a failed run is never preferred to one without.
+
+    Where the grid was tuned on its first seed, the others were run at its best point only and have no say.
+    """
     sign = 1 if protocol.higher_is_better else -1
+    everyone = [run.row for runs in grid.values() for run in runs]
+    first = min(row.seed for row in everyone)
+    alone = all(row.settings.get("tune_on") == "first_seed" for row in everyone)
 
     def score(point: tuple[Any, ...]) -> tuple[float, float]:
-        known = [run.selection for run in grid[point] if run.row.status == "ok" and run.selection is not None]
+        runs = [run for run in grid[point] if not alone or run.row.seed == first]
+        known = [run.selection for run in runs if run.row.status == "ok" and run.selection is not None]
         mean = sign * statistics.fmean(known) if known else -math.inf
-        return len(known) / len(grid[point]), mean  # a point with a failed run is never preferred to one without
+        return len(known) / max(1, len(runs)), mean
 
-    best = max(sorted(grid), key=score)
+    return max(sorted(grid), key=score)
+
+
+def _best_line(runs: Sequence[Run], protocol: Protocol) -> Line:
+    grid = _grid(runs, protocol)
+    best = _best_of(grid, protocol)
     edge = []
     for position, key in enumerate(protocol.tuned):
         tried = sorted({point[position] for point in grid})
@@ -338,7 +361,8 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
         notes.append(f"the same for every line: {', '.join(fixed)}")
     select = sorted({str(row.settings.get("select")) for row in rows})
     if any(line.searched for line in lines):
-        notes.append(f"{', '.join(protocol.tuned)} chosen on {' and '.join(select)} data" + _warn_test(select))
+        alone = " of the first seed" if any(row.settings.get("tune_on") == "first_seed" for row in rows) else ""
+        notes.append(f"{', '.join(protocol.tuned)} chosen on {' and '.join(select)} data{alone}" + _warn_test(select))
     elif "test" in select:
         notes.append("stopped on test data" + _warn_test(select))
     if protocol.solved is not None and any(len(line.runs) > 2 for line in lines):

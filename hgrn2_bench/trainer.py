@@ -1,7 +1,8 @@
 """The one training loop: AdamW, schedules, autocast, clipping, early stop, selection, exact resume.
 
 Everything random in a step is a function of (seed, step): the runner gives batch number `step`, and torch's generators are part of
-the checkpoint. So a run that was killed and continued has the same curve and the same weights as one that was not.
+the checkpoint. So a run that was killed and continued has the same curve and the same weights as one that was not. Losses stay on the
+device until they are logged, so that the host never waits for a step.
 """
 
 import io
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from hgrn2_bench.cells import CellFolder, replace_file
 from hgrn2_bench.config import TrainConfig
 from hgrn2_bench.interfaces import Mixer
+from hgrn2_bench.steps import Batch, Steps
 
 LOG_EVERY = 50
 CHECKPOINT_EVERY_S = 15.0
@@ -38,8 +40,12 @@ class TrainableTask(Protocol):
 
     steps_per_epoch: int
 
-    def loss(self, model: Any, step: int) -> Tensor:
-        """Mean loss of batch number `step`, a pure function of (data, step)."""
+    def batch(self, step: int) -> Batch:
+        """Batch number `step` on the device, a pure function of (data, step)."""
+        ...
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """Mean loss of a batch: device work alone, nothing that waits for its result."""
         ...
 
     def score(self, model: Any, split: str) -> float:
@@ -58,14 +64,18 @@ class Progress:
     score: float | None = None
     stopped: bool = False
     train_s: float = 0.0
-    first_step_s: float = 0.0
+    warm_s: float = 0.0
+    """Seconds of the first steps: compiling and tuning kernels, capturing a CUDA graph."""
+    warm_steps: int = 0
     step_times: list[float] = field(default_factory=list)
+    """Mean seconds of a step in each window of up to LOG_EVERY steps after these."""
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, device: str) -> torch.optim.AdamW:
     """AdamW with decay on matrices only, or on all parameters where the source does so (`decay_all`).
 
-    A mixer's `no_weight_decay` names stay undecayed unless `decay_all` says otherwise. Fused on a GPU.
+    A mixer's `no_weight_decay` names stay undecayed unless `decay_all` says otherwise. On a GPU it is one fused kernel, and its learning
+    rate a tensor, which a CUDA graph reads anew at each replay.
     """
     exempt = {id(p) for m in model.modules() if isinstance(m, Mixer) for n, p in m.named_parameters() if n in m.no_weight_decay}
     decayed: list[nn.Parameter] = []
@@ -74,7 +84,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device: str) -> torch.
         decays = config.decay_all or (parameter.ndim >= 2 and id(parameter) not in exempt)
         (decayed if decays else free).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=device == "cuda")
+    gpu = device == "cuda"
+    rate = torch.tensor(config.lr, device=device) if gpu else config.lr
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, fused=gpu, capturable=gpu)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int, steps_per_epoch: int) -> float:
@@ -94,11 +106,16 @@ class Trainer:
 
     def __init__(self, model: nn.Module, task: TrainableTask, config: TrainConfig, folder: CellFolder, device: str, dtype: str) -> None:
         self.model, self.task, self.config, self.folder, self.device = model, task, config, folder, device
-        self.autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
-        self.steps = config.epochs * task.steps_per_epoch
+        self.total = config.epochs * task.steps_per_epoch
         self.eval_every = config.eval_every or task.steps_per_epoch
         self.optimizer = make_optimizer(model, config, device)
+        autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+        self.steps = Steps(model, self.optimizer, task.loss, autocast, config.clip, config.cuda_graph and device == "cuda")
         self.at = Progress()
+        self.rate = config.lr
+        self.pending: list[Tensor] = []
+        self.taken = 0
+        self.window_began = 0.0
         self.best_weights: dict[str, Tensor] | None = None
         self.saved_at = time.monotonic()
 
@@ -111,14 +128,15 @@ class Trainer:
         self._resume()
         began = time.perf_counter() - self.at.train_s
         self.model.train()
-        while self.at.step < self.steps and not self.at.stopped:
+        self.window_began = time.perf_counter()
+        while self.at.step < self.total and not self.at.stopped:
             self._step()
             at = self.at
-            if at.step % self.eval_every == 0 or at.step == self.steps:
+            if at.step % self.eval_every == 0 or at.step == self.total:
                 self._evaluate()
-            if at.step % LOG_EVERY == 0 or at.step == self.steps or at.stopped:
+            if at.step % LOG_EVERY == 0 or at.step == self.total or at.stopped:
                 self._log()
-                report(at.step, self.steps, "" if at.score is None else f"{self.config.select} {at.score:.3f}")
+                report(at.step, self.total, "" if at.score is None else f"{self.config.select} {at.score:.3f}")
             at.train_s = time.perf_counter() - began
             if stop():
                 self._save()
@@ -130,34 +148,40 @@ class Trainer:
         return self.at
 
     def _step(self) -> None:
-        started = time.perf_counter()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.at.step, self.steps, self.task.steps_per_epoch)
-        with self.autocast:
-            loss = self.task.loss(self.model, self.at.step)
-        loss.backward()
-        if self.config.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        value = loss.item()
-        self.at.step += 1
-        self.at.loss_sum += value
-        self.at.loss_count += 1
-        if not math.isfinite(value):
-            raise DivergedError(f"loss {value} at step {self.at.step} of {self.steps}")
-        took = time.perf_counter() - started
-        if self.at.step == 1:
-            self.at.first_step_s = took
-        else:
-            self.at.step_times = [*self.at.step_times[-999:], took]
+        at = self.at
+        self.rate = learning_rate(self.config, at.step, self.total, self.task.steps_per_epoch)
+        self.pending.append(self.steps(self.task.batch(at.step), self.rate))
+        at.step += 1
+        self.taken += 1
+        if self.taken == self.steps.warm_steps:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Wait for the device, and take in the losses and the time of the steps since the last call."""
+        at, values = self.at, torch.stack(self.pending).tolist() if self.pending else []
+        took = time.perf_counter() - self.window_began
+        for step, value in enumerate(values, at.step - len(values) + 1):
+            if not math.isfinite(value):
+                at.step = step
+                raise DivergedError(f"loss {value} at step {step} of {self.total}")
+            at.loss_sum += value
+            at.loss_count += 1
+        if values and self.taken <= self.steps.warm_steps:
+            at.warm_s += took
+            at.warm_steps += len(values)
+        elif values:
+            at.step_times = [*at.step_times[-999:], took / len(values)]
+        self.pending.clear()
+        self.window_began = time.perf_counter()
 
     def _log(self) -> None:
+        self._settle()
         at = self.at
-        self._append({"step": at.step, "loss": at.loss_sum / at.loss_count, "lr": self.optimizer.param_groups[0]["lr"]})
+        self._append({"step": at.step, "loss": at.loss_sum / at.loss_count, "lr": self.rate})
         at.loss_sum, at.loss_count = 0.0, 0
 
     def _evaluate(self) -> None:
+        self._settle()
         at, config = self.at, self.config
         self.model.eval()
         at.score = self.task.score(self.model, config.select)
@@ -168,6 +192,7 @@ class Trainer:
             if config.keep == "best":
                 self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         at.stopped = bool(config.stop_at) and at.score > config.stop_at
+        self.window_began = time.perf_counter()
 
     def _append(self, record: dict[str, Any]) -> None:
         with self.folder.curve.open("a") as file:
@@ -175,6 +200,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Write one file with everything that the next step depends on."""
+        self._settle()
         buffer = io.BytesIO()
         content = {
             "progress": asdict(self.at),
@@ -188,8 +214,9 @@ class Trainer:
         }
         torch.save(content, buffer)
         replace_file(self.folder.checkpoint, buffer.getvalue())
-        self.folder.set_status("running", step=self.at.step, steps=self.steps)
+        self.folder.set_status("running", step=self.at.step, steps=self.total)
         self.saved_at = time.monotonic()
+        self.window_began = time.perf_counter()
 
     def _read_checkpoint(self) -> dict[str, Any] | None:
         """The checkpoint, or None where there is none that can be read: a damaged one is worth no more than none."""

@@ -38,8 +38,11 @@ class _Inbox:
             os._exit(1)  # killed parent: the kernel frees the cell's lock, and the next run continues from the checkpoint
 
 
-def main(pipe: Connection, threads: int) -> None:
-    """Serve one parent until it says stop or goes away."""
+def main(pipe: Connection, threads: int, gpu: int) -> None:
+    """Serve one parent until it says stop or goes away; of the GPUs that the parent sees, see only number `gpu`."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible != "":  # empty: the user hides every GPU
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     inbox = _Inbox(pipe)
     import torch

@@ -124,7 +124,7 @@ def softmax(inputs: SoftmaxInputs, state: State | None) -> tuple[Tensor, State]:
     everything = inputs.lengths_B is None and (T == 1 or not inputs.causal)
     mask = None if triangular or everything else reference.visible_keys(inputs, S)
     q, k, v = (x.to(v_BSHV.dtype).transpose(1, 2) for x in (inputs.q_BTHK, k_BSHK, v_BSHV))
-    o_BHTV = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=triangular, scale=inputs.scale)
+    o_BHTV = F.scaled_dot_product_attention(q, k, v, mask, inputs.dropout, triangular, scale=inputs.scale)
     return o_BHTV.transpose(1, 2).to(inputs.v_BTHV.dtype), (k_BSHK, v_BSHV)
 
 

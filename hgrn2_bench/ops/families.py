@@ -135,6 +135,8 @@ class SoftmaxInputs:
     scale: float
     causal: bool = True
     lengths_B: Tensor | None = None
+    dropout: float = 0.0
+    """Share of the weights set to 0 after the softmax, the others scaled up; for training only."""
     skip: Tensor | None = None
     family: ClassVar[str] = "softmax"
 

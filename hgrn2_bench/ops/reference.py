@@ -7,6 +7,7 @@ Shape letters: B batch, T time, S cached plus new time, H heads, K key, V value,
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalInputs, ScalarDecayInputs, SelectiveInputs, SoftmaxInputs, State
@@ -101,6 +102,7 @@ def softmax(inputs: SoftmaxInputs, state: State | None) -> tuple[Tensor, State]:
         scores_BHTS = inputs.scale * torch.einsum("bthk,bshk->bhts", inputs.q_BTHK.to(dtype), k_BSHK.to(dtype))
         # The lowest finite number, and not -inf, keeps a row without any key free of NaN, backward too; the product gives its zeros.
         weights_BHTS = scores_BHTS.masked_fill(~visible, torch.finfo(dtype).min).softmax(-1) * visible
+        weights_BHTS = F.dropout(weights_BHTS, inputs.dropout)
         o_BTHV = torch.einsum("bhts,bshv->bthv", weights_BHTS, v_BSHV.to(dtype))
     return o_BTHV.to(inputs.v_BTHV.dtype), (k_BSHK, v_BSHV)
 

@@ -1,4 +1,4 @@
-"""MQAR's numbers, each with its source: settings, presets, metric. Imports neither torch nor numpy.
+"""MQAR's settings and mixtures, and how its rows are compared. Imports neither torch nor numpy.
 
 Letters: V vocabulary, L length in tokens, k pairs. Sources: Zoology (arXiv 2312.04927), HazyResearch/zoology; HGRN2's runs of it,
 OpenNLPLab/Zoology zoology/experiments/hgrn/hgrn2.py.
@@ -6,10 +6,12 @@ OpenNLPLab/Zoology zoology/experiments/hgrn/hgrn2.py.
 
 from dataclasses import dataclass
 from numbers import Integral
+from typing import NamedTuple
 
 from hgrn2_bench.config import choice, require
 from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.protocol import Preset, Protocol
+from hgrn2_bench.protocol import Protocol
+from suites.mqar.presets import PRESETS
 
 MAX_POWER_A = 10.0
 MAX_VOCAB = 2**31
@@ -82,15 +84,61 @@ class MQAR:
             )
 
 
+class Segment(NamedTuple):
+    """One part of a mixture of settings."""
+
+    seq_len: int
+    num_pairs: int
+    examples: int
+
+
+class Mixture(NamedTuple):
+    """What a model trains on, segment after segment in this order in every epoch, and what it is tested on."""
+
+    train: tuple[Segment, ...]
+    test: tuple[Segment, ...]
+
+
+MIXTURES = {
+    # HazyResearch/zoology zoology/experiments/paper_configs/arxiv24_based_figure2/configs.py
+    "based": Mixture(
+        train=(
+            Segment(64, 4, 100_000),
+            Segment(128, 8, 20_000),
+            Segment(256, 16, 20_000),
+            Segment(256, 32, 20_000),
+            Segment(256, 64, 20_000),
+        ),
+        test=(
+            Segment(64, 4, 1_000),
+            Segment(64, 8, 1_000),
+            Segment(64, 16, 1_000),
+            Segment(128, 32, 1_000),
+            Segment(256, 64, 1_000),
+            Segment(512, 128, 1_000),
+            Segment(1024, 256, 1_000),
+        ),
+    ),
+}
+BEYOND = (2, 4, 8)
+"""Factors by which length or number of pairs is taken beyond training, where `beyond_examples` asks for it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MQARConfig(MQAR):
     """The suite's own keys: the setting, and how much of it is drawn. The cell's seed is the data seed (`data.segment_seeds`)."""
 
     seq_len: int = 64
     num_pairs: int = 4
+    mixture: str = choice("none", *MIXTURES)
+    """A named mixture of settings instead of one; `seq_len` and `num_pairs` are then those of its longest test segment."""
     train_examples: int = 100_000
     validation_examples: int = 1_000
     test_examples: int = 3_000
+    beyond_examples: int = 0
+    """Test examples for each setting beyond training: 2, 4 and 8 times the length, then the number of pairs. 0 for none."""
+    shuffle: bool = False
+    """A new order of the training examples in every epoch; Zoology dropped it after its figure 2."""
     generator: str = choice("fast", "reference")
     """`reference` gives the bytes of Zoology's generator, tens to hundreds of times slower; `fast` draws from the same distribution."""
 
@@ -98,107 +146,51 @@ class MQARConfig(MQAR):
         super().__post_init__()
         for name in ("train_examples", "validation_examples", "test_examples"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
+        require(self.beyond_examples >= 0, f"beyond_examples={self.beyond_examples} must be 0 (none) or positive")
+        if self.mixture != "none":
+            longest = MIXTURES[self.mixture].test[-1]
+            same = (self.seq_len, self.num_pairs) == longest[:2]
+            require(same, f"mixture={self.mixture} has its own settings: leave seq_len={longest.seq_len} num_pairs={longest.num_pairs}")
+            require(not (self.shuffle or self.beyond_examples), f"mixture={self.mixture} takes neither shuffle nor beyond_examples")
+
+    def segments(self) -> dict[str, tuple[Segment, ...]]:
+        """Every split and its segments, in the order in which their seeds are drawn: train, test, validation, beyond.
+
+        Beyond: `test_len2x` has twice the length; `test_kv2x` twice the pairs, in the same length where they fit, else in the shortest.
+        The validation split of a mixture is its test split drawn anew.
+        """
+        if self.mixture != "none":
+            mixture = MIXTURES[self.mixture]
+            return {"train": mixture.train, "test": mixture.test, "validation": mixture.test}
+        length, pairs = self.seq_len, self.num_pairs
+        sizes = {"train": self.train_examples, "test": self.test_examples, "validation": self.validation_examples}
+        found: dict[str, tuple[Segment, ...]] = {split: (Segment(length, pairs, n),) for split, n in sizes.items()}
+        if self.beyond_examples:
+            longer = {f"test_len{n}x": (Segment(n * length, pairs, self.beyond_examples),) for n in BEYOND}
+            fuller = {n: n * pairs for n in BEYOND if n * pairs <= self.num_keys}
+            found |= longer
+            found |= {f"test_kv{n}x": (Segment(max(length, 4 * k), k, self.beyond_examples),) for n, k in fuller.items()}
+        return found
+
+    def only(self, segment: Segment) -> "MQAR":
+        """The setting of one segment."""
+        return MQAR(
+            vocab_size=self.vocab_size,
+            seq_len=segment.seq_len,
+            num_pairs=segment.num_pairs,
+            power_a=self.power_a,
+            random_fill=self.random_fill,
+        )
 
 
 def name_task(config: MQARConfig) -> str:
-    """`len64_kv4`, with what departs from zero filler and the source's power written out."""
+    """`len64_kv4` or `mixed_based`, with what departs from zero filler and the source's power written out."""
     fill = "_fill" if config.random_fill else ""
     power = "" if config.power_a == 0.01 else f"_a{config.power_a:g}"
+    if config.mixture != "none":
+        return f"mixed_{config.mixture}{power}" + ("" if config.random_fill else "_zeros")
     return f"len{config.seq_len}_kv{config.num_pairs}{fill}{power}"
 
-
-def setting(seq_len: int, num_pairs: int, *words: str) -> dict[str, tuple[str, ...]]:
-    """One task of a preset."""
-    return {f"len{seq_len}_kv{num_pairs}": (f"seq_len={seq_len}", f"num_pairs={num_pairs}", *words)}
-
-
-SMALL_STACK = (
-    # Two mixer layers and nothing else, the same trimmings for all.
-    "model=hgrn2,attention,gla,mamba,hgrn1",
-    "vocab_size=32",
-    "d_model=64",
-    "num_layers=2",
-    "conv=4",
-    "positions=none",
-    "channel_mixer=none",
-    "tie_embeddings=false",
-    "embed_std=1.0",
-    "gla.num_heads=1",  # one head, as HGRN2 and attention have at this width
-    "lr=5e-3",  # of 3e-3, 4e-3 and 5e-3 the one at which Mamba passes 0.9 at (32, 4) in all five seeds tried
-    "weight_decay=0.1",
-    "schedule=cosine",
-    "warmup=0.1",
-    "batch_size=32",
-    "dtype=float32",
-)
-
-SMOKE = Preset(
-    summary="real task, tiny scale: V=32, L=32, k=4 and 8, two layers of width 64, 1,500 steps of fresh examples, CPU",
-    source="ours: 4 pairs, which every mixer can learn in a CPU minute, and 8, which shows whose state is too small",
-    words=(*SMALL_STACK, "seed=0,1", "train_examples=48_000", "validation_examples=500", "eval_every=100", "stop_at=0.998"),
-    tasks={**setting(32, 4), **setting(32, 8)},
-)
-
-TEST = Preset(
-    summary="the whole path in seconds: V=16, L=16, k=2, one layer of width 16, 20 steps; no model learns anything",
-    source="ours: for the contract test",
-    words=(
-        *SMALL_STACK,
-        "seed=0",
-        "vocab_size=16",
-        "d_model=16",
-        "num_layers=1",
-        "train_examples=640",
-        "validation_examples=64",
-        "test_examples=64",
-    ),
-    tasks=setting(16, 2),
-)
-
-PAPER = Preset(
-    summary="HGRN2's protocol: V=8192, four settings, four widths, seven learning rates, zero filler, 64 epochs",
-    source="OpenNLPLab/Zoology zoology/experiments/hgrn/hgrn2.py and hgrn1.py; attention, GLA, Mamba are our extension of the protocol",
-    source_models=("hgrn2", "hgrn1"),  # its transformer.py, by an indentation slip, trains length 512 only
-    words=(
-        "model=hgrn2,hgrn1,attention",
-        "seed=123",  # DataConfig.seed and TrainConfig.seed
-        "vocab_size=8192",
-        "power_a=0.01",  # the class default; the config's train_power_a is not a field there and has no effect
-        "random_fill=false",
-        "train_examples=100_000",
-        "validation_examples=3_000",  # ours, never used to choose: the source has train and test only
-        "test_examples=3_000",
-        "d_model=64,128,256,512",
-        "num_layers=2",
-        "conv=0",
-        "positions=none",
-        "attention.positions=learned",  # only softmax attention has positions there; its attention dropout 0.1 is not repeated
-        "attention.num_heads=1",
-        "lower_bound=none",
-        "channel_mixer=identity",  # Zoology's block without a state mixer adds the normalised residual back
-        "norm=layernorm",
-        "tie_embeddings=true",
-        "embed_std=0.02",
-        "embed_dropout=0.1",
-        "init=blanket",  # Zoology re-initialises every Linear of every mixer
-        "lr=1e-5,5e-5,1e-4,5e-4,1e-3,5e-3,1e-2",
-        "weight_decay=0.1",
-        "decay_all=true",
-        "epochs=64",
-        "schedule=cosine_epoch",
-        "warmup=0.0",
-        "clip=0.0",
-        "stop_at=0.99",
-        "select=test",  # the source stops and chooses its learning rate on the test set
-        "dtype=bfloat16",  # autocast in training; evaluation without. bfloat16 needs no gradient scaler
-    ),
-    tasks={
-        **setting(64, 4, "batch_size=512"),
-        **setting(128, 8, "batch_size=512"),
-        **setting(256, 16, "batch_size=256"),
-        **setting(512, 64, "batch_size=64"),
-    },
-)
 
 PROTOCOL = Protocol(
     name="mqar",
@@ -208,7 +200,7 @@ PROTOCOL = Protocol(
     higher_is_better=True,
     data_schema=MQARConfig,
     name_task=name_task,
-    presets={"test": TEST, "smoke": SMOKE, "paper": PAPER},
+    presets=PRESETS,
     budget=("train_examples",),
     solved=0.99,  # Zoology's early-stopping threshold
 )

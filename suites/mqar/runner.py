@@ -5,6 +5,7 @@ Shape letters: N examples, B batch, T time, K pairs (labels) per example, V voca
 
 import functools
 import hashlib
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,34 +18,45 @@ from hgrn2_bench.engine import Shape
 from hgrn2_bench.model import SequenceModel
 from hgrn2_bench.plan import Cell
 from hgrn2_bench.protocol import Metric
+from hgrn2_bench.steps import Batch
 from hgrn2_bench.trainer import DivergedError
 from suites.mqar import data
-from suites.mqar.protocol import MQARConfig
+from suites.mqar.protocol import MQAR, MQARConfig, Segment
 
 
-def draw(config: MQARConfig, num_examples: int, seed: int) -> data.Examples:
-    """Examples of one split by the generator that the cell names; in the reference mode the random fill takes the same seed."""
+def draw(config: MQARConfig, segment: Segment, seed: int) -> data.Examples:
+    """Examples of one segment by the generator that the cell names; in the reference mode the random fill takes the same seed."""
     if config.generator == "reference":
-        return data.generate_reference(config, num_examples, seed, torch_seed=seed)
-    return data.generate(config, num_examples, seed)
+        return data.generate_reference(config.only(segment), segment.examples, seed, torch_seed=seed)
+    return data.generate(config.only(segment), segment.examples, seed)
 
 
 @functools.cache
-def floors(config: MQARConfig) -> dict[str, float]:
+def floors(task: MQAR) -> dict[str, float]:
     """Accuracy that takes no recall: a uniform guess among the values, and the best guess from a query's rank and cell.
 
     With a single pair there is nothing to confuse, and the second is left out; with random fill it is an upper bound, since fillers hide
     which tokens are queries.
     """
-    found = {"1/|values|": data.uniform_floor(config)}
-    if config.num_pairs > 1:
-        name = "recall-free guess (upper bound)" if config.random_fill else "recall-free guess"
-        found[name] = round(data.recall_free_floor(config), 4)
+    found = {"1/|values|": data.uniform_floor(task)}
+    if task.num_pairs > 1:
+        name = "recall-free guess (upper bound)" if task.random_fill else "recall-free guess"
+        found[name] = round(data.recall_free_floor(task), 4)
     return found
 
 
+def mean_floors(config: MQARConfig, segments: Sequence[Segment]) -> dict[str, float]:
+    """Floors of several segments together, each weighted by its examples."""
+    each = [floors(config.only(s)) for s in segments]
+    if len(each) == 1:
+        return each[0]
+    total = sum(s.examples for s in segments)
+    names = dict.fromkeys(name for found in each for name in found)
+    return {n: sum(f.get(n, 0.0) * s.examples for f, s in zip(each, segments, strict=True)) / total for n in names}
+
+
 class Queries:
-    """Examples ready for the device: token ids (N, T), and position and value of each label (N, K)."""
+    """Examples of one segment on the device: token ids (N, T), and position and value of each label (N, K)."""
 
     def __init__(self, examples: data.Examples, device: str) -> None:
         rows, columns = np.nonzero(examples.labels != data.IGNORED)
@@ -53,13 +65,16 @@ class Queries:
         self.where_NK = torch.from_numpy(columns.reshape(n, -1).astype(np.int32)).to(device)
         self.values_NK = torch.from_numpy(examples.labels[rows, columns].reshape(n, -1)).to(device)
 
-    def batch(self, start: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, T), flat positions (B K) of the labels in them, and values (B K) of examples start .. start + size - 1."""
-        tokens_BT = self.tokens_NT[start : start + size].long()
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.tokens_NT)
+
+    def batch(self, rows: slice | Tensor) -> Batch:
+        """Tokens (B, T), flat positions (B K) of the labels in them, and values (B K) of the examples in `rows`."""
+        tokens_BT = self.tokens_NT[rows].long()
         B, T = tokens_BT.shape
         offset_B1 = torch.arange(B, device=tokens_BT.device)[:, None] * T
-        where_BK = self.where_NK[start : start + size] + offset_B1
-        return tokens_BT, where_BK.flatten(), self.values_NK[start : start + size].flatten().long()
+        return tokens_BT, (self.where_NK[rows] + offset_B1).flatten(), self.values_NK[rows].flatten().long()
 
 
 class Runner:
@@ -69,59 +84,101 @@ class Runner:
     skipped = 0
 
     def __init__(self, cell: Cell) -> None:
-        config: MQARConfig = cell.data
-        sizes = {"train": config.train_examples, "test": config.test_examples, "validation": config.validation_examples}
-        seeds = data.segment_seeds(cell.seed, 1, 2)
-        examples = {s: draw(config, n, seed) for (s, n), seed in zip(sizes.items(), (*seeds.train, *seeds.test), strict=True)}
-        self.splits = {split: Queries(e, cell.device) for split, e in examples.items()}
-        self.data_hash = hashlib.sha256("".join(data.data_hash(e) for e in examples.values()).encode()).hexdigest()[:16]
-        self.floors = floors(config)
+        self.config: MQARConfig = cell.data
+        self.segments = self.config.segments()
+        seeds = data.segment_seeds(cell.seed, len(self.segments["train"]), sum(map(len, self.segments.values())))
+        drawn_from = itertools.chain(seeds.train, seeds.test)
+        drawn = {split: [draw(self.config, s, next(drawn_from)) for s in parts] for split, parts in self.segments.items()}
+        self.splits = {split: [Queries(e, cell.device) for e in parts] for split, parts in drawn.items()}
+        hashes = [data.data_hash(e) for parts in drawn.values() for e in parts]
+        self.data_hash = hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
         self.batch_size, self.eval_batch_size = cell.train.batch_size, cell.train.eval_batch_size
-        self.steps_per_epoch = self.shape(cell).steps_per_epoch
+        self.starts = [(q, start) for q in self.splits["train"] for start in range(0, len(q), self.batch_size)]
+        self.steps_per_epoch = len(self.starts)
+        self.seed, self.max_len = cell.seed, self.shape(cell).seq_len
+        self.order: tuple[int, Tensor] | None = None
+        self.extrapolates = cell.model_config.positions != "learned"
 
     @staticmethod
     def shape(cell: Cell) -> Shape:
-        """Size of the task; the last batch of an epoch may be short."""
+        """Size of the task, for a mixture that of its longest test segment; the last batch of a segment may be short."""
         config: MQARConfig = cell.data
+        train, test = config.segments()["train"], config.segments()["test"]
+        tokens = sum(s.examples * s.seq_len for s in train)
+        steps = sum(-(-s.examples // cell.train.batch_size) for s in train)
+        full = min(cell.train.batch_size, train[0].examples) * train[0].seq_len
         return Shape(
-            seq_len=config.seq_len,
-            labels_per_token=config.num_pairs / config.seq_len,
-            steps_per_epoch=-(-config.train_examples // cell.train.batch_size),
-            tokens_per_epoch=config.train_examples * config.seq_len,
+            seq_len=max(s.seq_len for s in (*train, *test)),
+            labels_per_token=sum(s.examples * s.num_pairs for s in train) / tokens,
+            steps_per_epoch=steps,
+            tokens_per_epoch=tokens,
+            step_tokens=full if len(train) == 1 else round(tokens / steps),
         )
 
     @staticmethod
     def build(cell: Cell) -> SequenceModel:
         """The model of a cell, on the CPU."""
-        config: MQARConfig = cell.data
-        return SequenceModel(
-            cell.model_config, registry.load(cell.model_ref), cell.settings, cell.backend, config.vocab_size, config.seq_len
-        )
+        mixer, length = registry.load(cell.model_ref), Runner.shape(cell).seq_len
+        return SequenceModel(cell.model_config, mixer, cell.settings, cell.backend, cell.data.vocab_size, length)
 
-    def loss(self, model: SequenceModel, step: int) -> Tensor:
-        """Mean cross-entropy over the queries of batch `step`: fixed order, the same in every epoch, as in the source."""
-        start = step % self.steps_per_epoch * self.batch_size
-        tokens_BT, where, values = self.splits["train"].batch(start, self.batch_size)
+    def batch(self, step: int) -> Batch:
+        """Batch `step`: segment after segment, in an order that every epoch repeats, as in the source; or shuffled by (seed, epoch)."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        queries, start = self.starts[place]
+        if not self.config.shuffle:
+            return queries.batch(slice(start, start + self.batch_size))
+        return queries.batch(self._order(epoch, queries)[start : start + self.batch_size])
+
+    def _order(self, epoch: int, queries: Queries) -> Tensor:
+        """The examples in the order of one shuffled epoch."""
+        if self.order is None or self.order[0] != epoch:
+            permutation = np.random.default_rng([self.seed, epoch]).permutation(len(queries))
+            self.order = (epoch, torch.from_numpy(permutation).to(queries.tokens_NT.device))
+        return self.order[1]
+
+    def loss(self, model: SequenceModel, batch: Batch) -> Tensor:
+        """Mean cross-entropy over the queries of a batch."""
+        tokens_BT, where, values = batch
         return F.cross_entropy(model.logits(tokens_BT, where).float(), values)
 
     def score(self, model: SequenceModel, split: str) -> float:
         """Accuracy on a split."""
         return self.metrics(model, split)[0].value
 
+    def report(self, model: SequenceModel) -> Sequence[Metric]:
+        """Accuracy of the trained model on every split but train; nothing longer than they know is asked of learned positions."""
+        known = [s for s, parts in self.segments.items() if self.extrapolates or max(p.seq_len for p in parts) <= self.max_len]
+        return [metric for split in ("validation", *(s for s in known if s.startswith("test"))) for metric in self.metrics(model, split)]
+
     @torch.no_grad()
     def metrics(self, model: SequenceModel, split: str) -> Sequence[Metric]:
-        """Accuracy as the source defines it, the mean over examples of the share of queries answered, and over all queries at once."""
-        queries = self.splits[split]
-        right_NK = torch.empty_like(queries.values_NK, dtype=torch.bool)
-        n, k = right_NK.shape
-        for start in range(0, n, self.eval_batch_size):
-            tokens_BT, where, values = queries.batch(start, self.eval_batch_size)
-            logits = model.logits(tokens_BT, where)
-            if not torch.isfinite(logits).all():
-                raise DivergedError(f"logits on {split} data are not finite")
-            right_NK[start : start + self.eval_batch_size] = (logits.argmax(-1) == values).view(-1, k)
-        per_example = right_NK.double().mean(1).mean().item()
-        return [
-            Metric(split, "accuracy", per_example, n, self.floors),
-            Metric(split, "accuracy_token", right_NK.double().mean().item(), n * k, self.floors),
+        """Accuracy as the source defines it, the mean over examples of the share of queries answered, and over all queries at once.
+
+        For a mixture also accuracy on each of its segments.
+        """
+        parts, segments = [self._right(model, q, split) for q in self.splits[split]], self.segments[split]
+        found = mean_floors(self.config, segments)
+        shares, tokens = torch.cat([p.double().mean(1) for p in parts]), torch.cat([p.flatten() for p in parts])
+        metrics = [
+            Metric(split, "accuracy", shares.mean().item(), len(shares), found),
+            Metric(split, "accuracy_token", tokens.double().mean().item(), len(tokens), found),
         ]
+        if len(parts) > 1:
+            for right_NK, s in zip(parts, segments, strict=True):
+                value, name = right_NK.double().mean().item(), f"accuracy_len{s.seq_len}_kv{s.num_pairs}"
+                metrics.append(Metric(split, name, value, len(right_NK), floors(self.config.only(s))))
+        return metrics
+
+    def _right(self, model: SequenceModel, queries: Queries, split: str) -> Tensor:
+        """Which queries (N, K) the model answers; DivergedError where a logit is not finite."""
+        right_NK = torch.empty_like(queries.values_NK, dtype=torch.bool)
+        finite = torch.ones((), dtype=torch.bool, device=right_NK.device)
+        for start in range(0, len(queries), self.eval_batch_size):
+            rows = slice(start, start + self.eval_batch_size)
+            tokens_BT, where, values = queries.batch(rows)
+            logits = model.logits(tokens_BT, where)
+            finite &= torch.isfinite(logits).all()
+            right_NK[rows] = (logits.argmax(-1) == values).view(-1, right_NK.shape[1])
+        if not finite:
+            raise DivergedError(f"logits on {split} data are not finite")
+        return right_NK

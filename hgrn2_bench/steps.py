@@ -1,0 +1,95 @@
+"""One optimiser step: forward, backward, clip, update; eager, or on a GPU as one CUDA graph.
+
+Small models leave a big GPU waiting for launches: a step of an MQAR model is a few hundred kernels of microseconds each. Captured once
+and replayed, it is one launch. The kernels and their order are those of the eager step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batch = tuple[Tensor, ...]
+Shapes = tuple[torch.Size, ...]
+
+EAGER_STEPS = 3
+"""Eager steps in a row on one shape before its capture: kernels are compiled and tuned, the optimiser's state exists."""
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A recorded step: what it reads, and the loss that it leaves."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: Batch
+    loss: Tensor
+
+
+class Steps:
+    """Takes one optimiser step per call: `steps(batch, rate)` gives the batch's loss, a 0-d tensor left on its device.
+
+    `batch_loss(model, batch)` is the suite's. With `graph` a shape seen EAGER_STEPS times in a row is captured; the short last batch of
+    an epoch comes alone, so it stays eager. The first `warm_steps` steps compile, tune and capture; `mode` says what happens after.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch_loss: Callable[[Any, Batch], Tensor],
+        autocast: torch.autocast,
+        clip: float,
+        graph: bool,
+    ) -> None:
+        self.model, self.optimizer, self.batch_loss = model, optimizer, batch_loss
+        self.autocast, self.clip, self.capturing = autocast, clip, graph
+        self.warm_steps = EAGER_STEPS + 1 if graph else 1
+        self.mode = "eager"
+        self.captured: dict[Shapes, _Captured] = {}
+        self.last: Shapes = ()
+        self.in_a_row = 0
+
+    def __call__(self, batch: Batch, rate: float) -> Tensor:
+        """Step on one batch at learning rate `rate`."""
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        shapes = tuple(t.shape for t in batch)
+        self.in_a_row = self.in_a_row + 1 if shapes == self.last else 1
+        self.last = shapes
+        if self.capturing and shapes not in self.captured and self.in_a_row > EAGER_STEPS:
+            self._capture(batch, shapes)
+        found = self.captured.get(shapes)
+        if found is None:
+            return self._eager(batch)
+        for mine, given in zip(found.inputs, batch, strict=True):
+            mine.copy_(given)
+        found.graph.replay()
+        return found.loss.clone()
+
+    def _eager(self, batch: Batch) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.autocast:
+            loss = self.batch_loss(self.model, batch)
+        loss.backward()
+        if self.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        return loss.detach()
+
+    def _capture(self, batch: Batch, shapes: Shapes) -> None:
+        """Record one step without running it. A model that waits for the GPU inside its step cannot be recorded and stays eager."""
+        graph, inputs = torch.cuda.CUDAGraph(), tuple(t.clone() for t in batch)
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.graph(graph):
+                loss = self._eager(inputs)
+        except RuntimeError as error:
+            self.capturing = False
+            self.mode = f"eager; cannot be captured in a CUDA graph: {' '.join(str(error).split())[:120]}"
+            return
+        self.captured[shapes], self.mode = _Captured(graph, inputs, loss), "CUDA graph"

@@ -20,6 +20,26 @@ def identity(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": identity, "silu": F.silu, "sigmoid": torch.sigmoid}
 
 
+def activation_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of what a projection makes of `x`: that of autocast where it is on."""
+    return torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+
+
+def buffered(x_BTD: Tensor, past: int, name: str, ctx: Context) -> Tensor:
+    """`x` after the `past` tokens before it, (B, past + T, D): from the incoming state, or zeros at the start.
+
+    The last `past` tokens of each row's true length are left in `ctx.next_state[name]`.
+    """
+    B, T, D = x_BTD.shape
+    before = x_BTD.new_zeros(B, past, D) if ctx.state is None else ctx.state[name][0].to(x_BTD.dtype)
+    padded = torch.cat([before, x_BTD], 1)
+    if ctx.return_state:
+        end = torch.full((B,), T, device=x_BTD.device) if ctx.lengths_B is None else ctx.lengths_B.to(x_BTD.device)
+        index = end[:, None] + torch.arange(past, device=x_BTD.device)
+        ctx.next_state[name] = (padded.gather(1, index[..., None].expand(-1, -1, D)),)
+    return padded
+
+
 class ShortConv(nn.Module):
     """Causal depthwise convolution of width W over time, (B, T, D) -> (B, T, D); decoding keeps the last W - 1 inputs.
 
@@ -35,15 +55,9 @@ class ShortConv(nn.Module):
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """Convolve after the incoming buffer (zeros at the start), leaving the new buffer in `ctx.next_state`."""
-        B, T, D = x_BTD.shape
-        past = x_BTD.new_zeros(B, self.width - 1, D) if ctx.state is None else ctx.state[self.name][0].to(x_BTD.dtype)
-        padded = torch.cat([past, x_BTD], 1)
-        if ctx.return_state:
-            end = torch.full((B,), T, device=x_BTD.device) if ctx.lengths_B is None else ctx.lengths_B.to(x_BTD.device)
-            index = end[:, None] + torch.arange(self.width - 1, device=x_BTD.device)
-            ctx.next_state[self.name] = (padded.gather(1, index[..., None].expand(-1, -1, D)),)
+        padded = buffered(x_BTD, self.width - 1, self.name, ctx)
         image_BD1T = padded.transpose(1, 2)[:, :, None]
-        return F.conv2d(image_BD1T, self.conv.weight[:, :, None], self.conv.bias, groups=D)[:, :, 0].transpose(1, 2)
+        return F.conv2d(image_BD1T, self.conv.weight[:, :, None], self.conv.bias, groups=self.conv.groups)[:, :, 0].transpose(1, 2)
 
 
 def conv_buffers(mixer: nn.Module) -> int:

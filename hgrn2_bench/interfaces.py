@@ -32,6 +32,8 @@ class MixerSpec:
     """`rope` is the mixer's business (softmax attention rotates its queries and keys); other kinds are added by the model."""
     backend: str = "chunked"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    max_len: int = 0
+    """Tokens of the longest sequence; 0 where it is not known in advance."""
 
 
 @dataclass
@@ -61,8 +63,10 @@ class Mixer(nn.Module):
     """Takes the learned lower bound of HGRN, so `lower_bound` applies."""
     rotary: ClassVar[bool] = False
     """Rotates queries and keys, so `positions=rope` applies."""
+    convolved: ClassVar[bool] = True
+    """Builds `spec.conv` on its streams; False for a mixer that is a convolution itself, to which `conv` does not apply."""
     family: ClassVar[str] = ""
-    """The recurrence family it runs (`hgrn2_bench.ops.families`); empty for a wrapped plain module."""
+    """The recurrence family it runs (`hgrn2_bench.ops.families`); empty for a mixer without one, which writes its own `forward`."""
     backends: ClassVar[tuple[str, ...]] = ("reference", "chunked", "fla")
     """Implementations that its family has."""
     no_weight_decay: ClassVar[tuple[str, ...]] = ()

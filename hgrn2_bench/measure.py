@@ -88,6 +88,7 @@ def is_causal(model: SequenceModel, seq_len: int = 16) -> bool | None:
         return None
     was_training = mixer.training
     mixer.eval()
+    seq_len = min(seq_len, mixer.spec.max_len or seq_len)
     x_BTD = torch.randn(2, seq_len, model.config.d_model, generator=torch.Generator().manual_seed(0)).to(model.embedding.weight.device)
     changed_BTD = x_BTD.clone()
     changed_BTD[:, -1] += 1.0

@@ -9,6 +9,7 @@ Shape letters: B batch, T time, D width, V vocabulary, L layers, M positions wit
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,20 +21,17 @@ from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec
 
 
-def mixer_spec(config: ModelConfig, layer: int, backend: str, settings: Mapping[str, Any]) -> MixerSpec:
+def mixer_spec(config: ModelConfig, layer: int, backend: str, settings: Mapping[str, Any], max_len: int) -> MixerSpec:
     """What the configuration says to the mixer of one layer."""
-    return MixerSpec(config.d_model, layer, config.num_layers, config.conv, config.forget_bias, config.positions, backend, settings)
+    shared = (config.conv, config.forget_bias, config.positions)
+    return MixerSpec(config.d_model, layer, config.num_layers, *shared, backend, settings, max_len)
 
 
-def make_mixers(config: ModelConfig, mixer: type[Mixer], settings: Mapping[str, Any], backend: str) -> list[Mixer]:
-    """The mixer of every layer: the model's own, but in layer 0 the one that `first_layer` names, with its default settings."""
-    made = []
-    for layer in range(config.num_layers):
-        if layer == 0 and config.first_layer != "none":
-            made.append(registry.load(config.first_layer)(mixer_spec(config, layer, backend, {})))
-        else:
-            made.append(mixer(mixer_spec(config, layer, backend, settings)))
-    return made
+def make_mixer(config: ModelConfig, mixer: type[Mixer], spec: MixerSpec) -> Mixer:
+    """The mixer of one layer: the model's own, but in layer 0 the one that `first_layer` names, with its default settings."""
+    if spec.layer == 0 and config.first_layer != "none":
+        return registry.load(config.first_layer)(replace(spec, settings={}))
+    return mixer(spec)
 
 
 class GLU(nn.Module):
@@ -126,7 +124,8 @@ class SequenceModel(nn.Module):
         if config.positions == "sinusoid":
             self.register_buffer("sinusoid", sinusoid(max_len, config.d_model), persistent=False)
         self.bound_table = nn.Parameter(torch.ones(config.num_layers, config.d_model)) if config.lower_bound != "none" else None
-        self.blocks = nn.ModuleList(Block(config, each) for each in make_mixers(config, mixer, settings, backend))
+specs = [mixer_spec(config, layer, backend, settings, max_len) for layer in range(config.num_layers)]
+        self.blocks = nn.ModuleList(Block(config, make_mixer(config, mixer, spec)) for spec in specs)
         self.norm = make_norm(config)
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
         self.embed_dropout = nn.Dropout(config.embed_dropout)

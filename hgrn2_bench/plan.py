@@ -222,7 +222,7 @@ class _CellMaker:
 
     def _drop_without_effect(self, axes: dict[str, tuple[Any, ...]]) -> None:
         """Take out shared keys that this mixer cannot use; a sweep over them would otherwise repeat equal cells."""
-        facts = {"conv": self.model.is_mixer}  # a plain module is not told of it
+        facts = {"conv": self.model.is_mixer and self.model.facts.get("convolved", True)}  # a plain module is not told of it
         facts |= {"forget_bias": self.model.facts.get("gated", False), "lower_bound": self.model.facts.get("bounded", False)}
         for key, applies in facts.items():
             if key in axes and not applies:

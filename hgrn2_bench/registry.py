@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hgrn2_bench.interfaces import Mixer
 
 ROOT = Path(__file__).parent.parent
-FACTS = ("version", "gated", "bounded", "rotary", "backends")
+FACTS = ("version", "gated", "bounded", "rotary", "convolved", "backends")
 _TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
 
 

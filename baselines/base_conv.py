@@ -27,7 +27,7 @@ from hgrn2_bench.layers import ShortConv, conv_buffers
 # HazyResearch/zoology, zoology/mixers/convolution.py
 FEATURES, HIDDEN = 3, 16
 ANGLE = 1e-4
-LONG_LAYERS = {"none": "no layer", "odd": "layers 1, 3, ...", "all": "every layer"}
+LONG_LAYERS = {"none": slice(0, 0), "odd": slice(1, None, 2), "all": slice(None)}
 
 
 class BaseConv(Mixer):
@@ -51,9 +51,10 @@ class BaseConv(Mixer):
             raise unknown("long", self.long, LONG_LAYERS)
         if self.width < 1:
             raise ConfigError(f"width={self.width} must be at least 1")
-        if self.long != "none" and spec.max_len < 1:
+        self.long_layers = list(range(spec.num_layers)[LONG_LAYERS[self.long]])
+        self.is_long = spec.layer in self.long_layers
+        if self.long_layers and spec.max_len < 1:
             raise ConfigError(f"long={self.long} needs the length of the longest sequence: give MixerSpec its max_len")
-        self.is_long = self.long == "all" or (self.long == "odd" and spec.layer % 2 == 1)
         if self.is_long:
             self.filter_in, self.filter_out = nn.Linear(FEATURES, HIDDEN), nn.Linear(HIDDEN, D)
         else:
@@ -109,13 +110,13 @@ class BaseConv(Mixer):
 
     def effective(self) -> dict[str, Any]:
         """The convolutions of all layers, and the gate as built."""
-        short = f"own conv {self.width}"
-        local = {"none": short, "odd": f"{short}, long on odd layers", "all": "own long conv"}
+        short = len(self.long_layers) < self.spec.num_layers
+        kinds = [f"own conv {self.width}"] * short + ["own long conv"] * bool(self.long_layers)
         return {
-            "local_mixing": local[self.long],
-            "width": None if self.long == "all" else self.width,
-            "long": LONG_LAYERS[self.long],
-            "long_taps": None if self.long == "none" else self.spec.max_len,
+            "local_mixing": ", ".join(kinds),
+            "width": self.width if short else None,
+            "long_layers": self.long_layers,
+            "long_taps": self.spec.max_len if self.long_layers else None,
             "output_gate": "linear, before the sum with the input",
             "norm": "none",
             "bias": True,

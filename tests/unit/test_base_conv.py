@@ -62,6 +62,7 @@ def test_long_layers_are_the_chosen_ones(long: str, long_layers: list[int]) -> N
     mixers = [build(layer=layer, long=long) for layer in range(4)]
     assert [layer for layer, mixer in enumerate(mixers) if mixer.is_long] == long_layers
     assert all(hasattr(mixer, "conv_x") != mixer.is_long for mixer in mixers)
+    assert {tuple(mixer.effective()["long_layers"]) for mixer in mixers} == {tuple(long_layers)}
 
 
 @torch.no_grad()
@@ -147,7 +148,7 @@ def model(seq_len: int = 12, conv: int = 0, **settings: Any) -> SequenceModel:
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [({}, "own conv 3"), ({"width": 4, "long": "odd"}, "own conv 4, long on odd layers"), ({"long": "all"}, "own long conv")],
+    [({}, "own conv 3"), ({"width": 4, "long": "odd"}, "own conv 4, own long conv"), ({"long": "all"}, "own long conv")],
 )
 def test_its_own_convolution_is_shown_as_local_mixing(settings: dict[str, Any], words: str) -> None:
     for conv in (0, 4):
@@ -157,6 +158,11 @@ def test_its_own_convolution_is_shown_as_local_mixing(settings: dict[str, Any], 
         assert found["causal"] is True
         assert found["kernel"] == "the module's own"
         assert found["state_dtype"] == "that of the activations"
+
+
+def test_a_single_layer_has_no_odd_one() -> None:
+    mixer = BaseConv(MixerSpec(D, settings={"long": "odd"}))
+    assert (mixer.is_long, mixer.effective()["local_mixing"], mixer.effective()["long_taps"]) == (False, "own conv 3", None)
 
 
 def test_the_model_gives_the_filter_its_longest_length() -> None:

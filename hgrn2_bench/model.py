@@ -124,7 +124,7 @@ class SequenceModel(nn.Module):
         if config.positions == "sinusoid":
             self.register_buffer("sinusoid", sinusoid(max_len, config.d_model), persistent=False)
         self.bound_table = nn.Parameter(torch.ones(config.num_layers, config.d_model)) if config.lower_bound != "none" else None
-specs = [mixer_spec(config, layer, backend, settings, max_len) for layer in range(config.num_layers)]
+        specs = [mixer_spec(config, layer, backend, settings, max_len) for layer in range(config.num_layers)]
         self.blocks = nn.ModuleList(Block(config, make_mixer(config, mixer, spec)) for spec in specs)
         self.norm = make_norm(config)
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
@@ -173,7 +173,8 @@ specs = [mixer_spec(config, layer, backend, settings, max_len) for layer in rang
 
     def logits(self, tokens_BT: Tensor, where: Tensor) -> Tensor:
         """Logits (M, V) at the M flat positions `where` of (B, T), in row order."""
-        return self.head(self(tokens_BT).flatten(0, 1)[where])
+        x_MD = self(tokens_BT).flatten(0, 1).index_select(0, where)  # its backward sorts nothing, that of x[where] does
+        return self.head(x_MD)
 
     @property
     def mixers(self) -> list[Mixer]:

@@ -77,6 +77,18 @@ class Queries:
         return tokens_BT, (self.where_NK[rows] + offset_B1).flatten(), self.values_NK[rows].flatten().long()
 
 
+@functools.lru_cache(maxsize=2)
+def make_splits(config: MQARConfig, seed: int, device: str) -> tuple[dict[str, list[Queries]], str]:
+    """Every split's segments on the device, and the hash of all examples; cells of one worker that share both share them."""
+    segments = config.segments()
+    seeds = data.segment_seeds(seed, len(segments["train"]), sum(map(len, segments.values())))
+    drawn_from = itertools.chain(seeds.train, seeds.test)
+    drawn = {split: [draw(config, s, next(drawn_from)) for s in parts] for split, parts in segments.items()}
+    splits = {split: [Queries(e, device) for e in parts] for split, parts in drawn.items()}
+    hashes = [data.data_hash(e) for parts in drawn.values() for e in parts]
+    return splits, hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+
+
 class Runner:
     """One cell of MQAR; see `hgrn2_bench.engine.Runner`."""
 
@@ -86,12 +98,7 @@ class Runner:
     def __init__(self, cell: Cell) -> None:
         self.config: MQARConfig = cell.data
         self.segments = self.config.segments()
-        seeds = data.segment_seeds(cell.seed, len(self.segments["train"]), sum(map(len, self.segments.values())))
-        drawn_from = itertools.chain(seeds.train, seeds.test)
-        drawn = {split: [draw(self.config, s, next(drawn_from)) for s in parts] for split, parts in self.segments.items()}
-        self.splits = {split: [Queries(e, cell.device) for e in parts] for split, parts in drawn.items()}
-        hashes = [data.data_hash(e) for parts in drawn.values() for e in parts]
-        self.data_hash = hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]
+        self.splits, self.data_hash = make_splits(self.config, cell.seed, cell.device)
         self.batch_size, self.eval_batch_size = cell.train.batch_size, cell.train.eval_batch_size
         self.starts = [(q, start) for q in self.splits["train"] for start in range(0, len(q), self.batch_size)]
         self.steps_per_epoch = len(self.starts)

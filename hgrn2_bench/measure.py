@@ -50,7 +50,7 @@ def sample_inputs(model: SequenceModel, seq_len: int = 64) -> families.OpInputs 
 def log_decay_of(inputs: families.OpInputs) -> Tensor | None:
     """The log decay that an op's inputs carry, or None."""
     match inputs:
-        case families.DecayInputs():
+        case families.DecayInputs() | families.DiagonalLowRankInputs():
             return inputs.log_f_BTHK
         case families.ScalarDecayInputs() | families.DeltaInputs():
             return inputs.log_f_BTH

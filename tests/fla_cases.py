@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hgrn2_bench.ops import families
 from hgrn2_bench.ops import fla as adapter
-from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalInputs, OpInputs, ScalarDecayInputs, State
+from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalInputs, DiagonalLowRankInputs, OpInputs, ScalarDecayInputs, State
 
 Case = tuple[OpInputs, State | None]
 
@@ -68,6 +68,33 @@ def delta_case(
     return DeltaInputs(q, k, v, beta_BTH, log_f_BTH if decays else None, scale=0.7), state
 
 
+def low_rank_case(
+    T: int,
+    K: int = 16,
+    V: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    start: bool = True,
+    rate: float = 1.0,
+    drops: tuple[int, ...] = (),
+    bounded: bool = False,
+) -> Case:
+    """Inputs of a diagonal plus low-rank transition as RWKV7 has: a of unit length, b = -a times a rate per channel.
+
+    The log decays are multiplied by `rate` and -60 at the steps `drops`; with `bounded` they keep RWKV7's bound instead.
+    """
+    B, H, V = 1, 2, K if V is None else V
+    torch.manual_seed(0)
+    q_BTHK, k_BTHK, v_BTHV = torch.randn(B, T, H, K), torch.randn(B, T, H, K), torch.randn(B, T, H, V)
+    a_BTHK = F.normalize(torch.randn(B, T, H, K), dim=-1)
+    b_BTHK = -a_BTHK * torch.rand(B, T, H, K)
+    least = -0.6065 if bounded else None
+    log_f_BTHK = rate * (F.logsigmoid(torch.randn(B, T, H, K) + 2) if least is None else least * torch.rand(B, T, H, K))
+    log_f_BTHK[:, list(drops)] = -60.0
+    state = (torch.randn(B, H, K, V),) if start else None
+    q, k, v, a, b = (x.to(dtype) for x in (q_BTHK, k_BTHK, v_BTHV, a_BTHK, b_BTHK))
+    return DiagonalLowRankInputs(q, k, v, a, b, log_f_BTHK, scale=0.7, least_log_f=least), state
+
+
 def diagonal_case(
     T: int,
     D: int = 24,
@@ -108,6 +135,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "delta_rule T=100 strong decay": partial(delta_case, 100, drops=(0, 9, 64, 99), B=1),
     "delta_rule without decay T=65": partial(delta_case, 65, decays=False, B=1),
     "delta_rule without decay T=65 float16": partial(delta_case, 65, decays=False, dtype=torch.float16, B=1),
+    "diagonal_low_rank T=17": partial(low_rank_case, 17),
+    "diagonal_low_rank T=35 from zero": partial(low_rank_case, 35, start=False),
+    "diagonal_low_rank T=35 strong decay": partial(low_rank_case, 35, drops=(0, 9, 10, 11, 34)),
+    "diagonal_low_rank T=20 K=24 V=8": partial(low_rank_case, 20, K=24, V=8),
+    "diagonal_low_rank T=70 bounded float16": partial(low_rank_case, 70, bounded=True, dtype=torch.float16),
     "diagonal_scan T=17": partial(diagonal_case, 17),
     "diagonal_scan T=65 from zero": partial(diagonal_case, 65, start=False),
     "diagonal_scan T=100 strong decay": partial(diagonal_case, 100, drops=(0, 9, 99)),
@@ -195,12 +227,18 @@ def counted(value: Any) -> Any:
 
 
 def prepare_interpreter() -> None:
-    """Make fla's kernels run in the interpreter: loop counters with Triton's methods, and no tuning, which needs a GPU to measure on."""
+    """Make fla's kernels run in the interpreter.
+
+    Loop counters get Triton's methods, rows are picked without `tl.gather`, which the interpreter lacks inside kernels, and nothing is
+    tuned, since that needs a GPU to measure on.
+    """
     for entry in adapter._KERNELS:
         adapter._kernel(entry)
     for name, module in list(sys.modules.items()):
         if name.startswith(("fla.ops", "fla.modules")):
             vars(module)["range"] = lambda *bounds: map(Counter, builtins.range(*map(int, bounds)))
+            if hasattr(module, "IS_GATHER_SUPPORTED"):
+                vars(module)["IS_GATHER_SUPPORTED"] = False
     for tuner in autotuners():
         tuner.configs = tuner.configs[:1]
 

@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from hgrn2_bench.ops import chunked, families, scans
-from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalInputs, ScalarDecayInputs, SelectiveInputs, SoftmaxInputs, State
+from hgrn2_bench.ops.families import (
+    DecayInputs,
+    DeltaInputs,
+    DiagonalInputs,
+    DiagonalLowRankInputs,
+    ScalarDecayInputs,
+    SelectiveInputs,
+    SoftmaxInputs,
+    State,
+)
 
 B, H, V, D, N, P = 2, 2, 5, 6, 3, 7
 """Batch, heads, value, channels, states per channel, cached positions."""
@@ -21,7 +30,7 @@ EXACT = 1e-11
 SINGLE = 2e-5
 """float32 against float64; seen: 5e-6, in sums of 130 steps without decay."""
 
-Inputs = DecayInputs | ScalarDecayInputs | DeltaInputs | DiagonalInputs | SelectiveInputs | SoftmaxInputs
+Inputs = DecayInputs | ScalarDecayInputs | DeltaInputs | DiagonalLowRankInputs | DiagonalInputs | SelectiveInputs | SoftmaxInputs
 Case = tuple[Inputs, State]
 Decay = Callable[[Tensor], Tensor]
 
@@ -73,6 +82,15 @@ def delta_case(T: int, decay: Decay = gate, K: int = 8, decays: bool = True) -> 
     return DeltaInputs(q, F.normalize(k, dim=-1), v, beta.sigmoid(), log_f, scale=0.7), state
 
 
+def low_rank_case(T: int, decay: Decay = gate, K: int = 8, least: float | None = None) -> Case:
+    """Independent a and b: the transition is not symmetric, and b is small enough not to grow the state by much."""
+    q, k, v, a, b, logit = (torch.randn(B, T, H, n, dtype=torch.float64) for n in (K, K, V, K, K, K))
+    log_f = decay(logit) if least is None else least * logit.sigmoid()
+    state = (torch.randn(B, H, K, V, dtype=torch.float64),)
+    a, b = F.normalize(a, dim=-1), 0.3 * F.normalize(b, dim=-1)
+    return DiagonalLowRankInputs(q, k, v, a, b, log_f, scale=0.7, least_log_f=least), state
+
+
 def diagonal_case(T: int, decay: Decay = gate, phase: str = "none") -> Case:
     dtype = torch.float64 if phase == "none" else torch.complex128
     theta = {"none": None, "channel": 6.28 * torch.rand(D).double(), "step": 6.28 * torch.rand(B, T, D).double()}[phase]
@@ -104,12 +122,17 @@ DECAYING: dict[str, Callable[..., Case]] = {
     "scalar_decay K=64": partial(matrix_case, K=64, scalar=True),
     "delta_rule K=8": delta_case,
     "delta_rule K=64": partial(delta_case, K=64),
+    "diagonal_low_rank K=8": low_rank_case,
+    "diagonal_low_rank K=64": partial(low_rank_case, K=64),
     "diagonal_scan real": diagonal_case,
     "diagonal_scan angle per channel": partial(diagonal_case, phase="channel"),
     "diagonal_scan angle per step": partial(diagonal_case, phase="step"),
     "selective_scan": selective_case,
 }
-RECURRENT = DECAYING | {"delta_rule without decay": partial(delta_case, decays=False)}
+RECURRENT = DECAYING | {
+    "delta_rule without decay": partial(delta_case, decays=False),
+    "diagonal_low_rank bounded": partial(low_rank_case, least=-2.5),
+}
 CASES = RECURRENT | {"softmax": softmax_case, "softmax not causal": partial(softmax_case, causal=False)}
 CAUSAL = {name: make for name, make in CASES.items() if name != "softmax not causal"}
 all_cases = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
@@ -200,6 +223,39 @@ def test_delta_rule_at_the_limits_of_beta(beta: float, decays: bool) -> None:
     k_BTHK[:, 100:140] = k_BTHK[:, 100:101]
     inputs = replace(inputs, beta_BTH=torch.full_like(inputs.beta_BTH, beta), k_BTHK=k_BTHK)
     assert_equal(results(inputs, state, "chunked"), results(inputs, state, "reference"), EXACT)
+
+
+def test_low_rank_recalls_before_the_decay() -> None:
+    """One step from a given state, written as one matrix: b receives what a recalls; neither a nor b is confused with the other."""
+    inputs, (S,) = low_rank_case(1)
+    assert isinstance(inputs, DiagonalLowRankInputs)
+    _, (final,) = families.run(inputs, "reference", (S,))
+    for row, head in ((0, 0), (1, 1)):
+        k, v, a, b, log_f = (x[row, 0, head] for x in (inputs.k_BTHK, inputs.v_BTHV, inputs.a_BTHK, inputs.b_BTHK, inputs.log_f_BTHK))
+        want = (torch.diag(log_f.exp()) + torch.outer(b, a)) @ S[row, head] + torch.outer(k, v)
+        torch.testing.assert_close(final[row, head], want)
+
+
+@pytest.mark.parametrize("T", [64, 65, 130])
+def test_low_rank_replaces_like_the_delta_rule(T: int) -> None:
+    """With a = -f k, b = beta k and k = beta k it is the gated delta rule."""
+    rule, state = delta_case(T)
+    assert isinstance(rule, DeltaInputs)
+    assert rule.log_f_BTH is not None
+    beta, log_f = rule.beta_BTH[..., None], rule.log_f_BTH[..., None].expand_as(rule.k_BTHK)
+    key = beta * rule.k_BTHK
+    same = DiagonalLowRankInputs(rule.q_BTHK, key, rule.v_BTHV, -log_f.exp() * rule.k_BTHK, key, log_f, scale=rule.scale)
+    (o, (final,)), (want, (want_final,)) = families.run(same, "chunked", state), families.run(rule, "chunked", state)
+    assert_equal({"o": o, "final": final}, {"o": want, "final": want_final}, EXACT)
+
+
+@pytest.mark.parametrize("least", [-0.6065, -2.5, -5.0])
+def test_low_rank_with_a_bound_stays_near_float64(least: float) -> None:
+    """Down to a bound of -2.6 the scores are computed in float32, below it in float64."""
+    inputs, state = low_rank_case(130, least=least)
+    single = change(inputs, lambda _, x: x.float())
+    want = results(change(single, lambda _, x: x.double()), (state[0].float().double(),), "reference")
+    assert_equal(results(single, (state[0].float(),), "chunked"), want, SINGLE)
 
 
 @pytest.mark.parametrize("decay", [gate, *DECAYS.values()], ids=["gate", *DECAYS])

@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hgrn2_bench.ops import reference
-from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalInputs, ScalarDecayInputs, SelectiveInputs, SoftmaxInputs, State
+from hgrn2_bench.ops.families import (
+    DecayInputs,
+    DeltaInputs,
+    DiagonalInputs,
+    DiagonalLowRankInputs,
+    ScalarDecayInputs,
+    SelectiveInputs,
+    SoftmaxInputs,
+    State,
+)
 from hgrn2_bench.ops.scans import LOG2E, DiagonalScan, SelectiveScan, scan_rows
 
 
@@ -87,6 +96,30 @@ def delta_rule(inputs: DeltaInputs, state: State | None) -> tuple[Tensor, State]
             o = _bmm(_bmm(q, k.mT) * pairs, u) + _bmm(q * since_start, before)
         else:
             o, S = _bmm(_bmm(q, k.mT) * pairs, u), (k[0] * to_end[0]).mT @ u[0]
+    return _unchunk(o, B, T).to(inputs.v_BTHV.dtype), (S.unflatten(0, (B, H)),)
+
+
+def diagonal_low_rank(inputs: DiagonalLowRankInputs, state: State | None) -> tuple[Tensor, State]:
+    """S_t = (diag(f_t) + b_t a_t^T) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t; shapes as in `DiagonalLowRankInputs`.
+
+    In a chunk that starts from S, S_i = f^(0..i) S + sum_{j <= i} f^(j..i) (k_j v_j^T + b_j u_j^T), where u_i = S_{i-1}^T a_i and
+    f^(j..i) is the decay from step j to step i. Put in, u_i depends on the u_j before it: (I - A_ab) u = A_ak v + a f^(0..i-1) S, with
+    strictly triangular A. So k with v and b with u are two sets of keys and values of one masked attention, read by q and by a.
+    """
+    given = (inputs.q_BTHK * inputs.scale, inputs.k_BTHK, inputs.v_BTHV, inputs.a_BTHK, inputs.b_BTHK, inputs.log_f_BTHK)
+    dtype = reference.wide_dtype(*given)
+    B, T, H, K = inputs.q_BTHK.shape
+    if T == 1:
+        return reference.diagonal_low_rank(inputs, state)  # a single step has nothing to gain from a chunk
+    L = _chunk_length(T, K, 32)
+    q, k, v, a, b, log_f = (_chunks(x.to(dtype), L) for x in given)
+    with torch.autocast(v.device.type, enabled=False):
+        (A_qk, A_qb, A_ak, A_ab), beyond = _low_rank_chunks(q, k, a, b, _log2_of_bounded(log_f, inputs.least_log_f))
+        q_start, a_start, k_end, b_end, total = beyond
+        u, w = (torch.linalg.solve_triangular(-A_ab, x, upper=False, unitriangular=True) for x in (_bmm(A_ak, v), a_start))
+        S0 = v.new_zeros(B * H, K, v.shape[-1]) if state is None else state[0].to(dtype).flatten(0, 1)
+        u, before, S = _carry_low_rank(u, w, b_end, _bmm(k_end.mT, v), total, S0)
+        o = _bmm(A_qk, v) + _bmm(A_qb, u) + _bmm(q_start, before)
     return _unchunk(o, B, T).to(inputs.v_BTHV.dtype), (S.unflatten(0, (B, H)),)
 
 
@@ -166,6 +199,44 @@ def _carry_delta(u: Tensor, w: Tensor, k_out: Tensor, total: Tensor, S: Tensor) 
         corrected.append(torch.baddbmm(u_MLV, w_MLK, S, alpha=-1))
         S = torch.baddbmm(total_M11 * S, k_MLK.mT, corrected[-1])
     return torch.stack(corrected), torch.stack(before), S
+
+
+def _log2_of_bounded(log_f: Tensor, least: float | None) -> Tensor:
+    """log2 f, in the given dtype where `least` says that 16 steps decay by no more than 2^-60, else in float64 and cut at -60."""
+    if least is not None and 16 * least * LOG2E >= -60:
+        return (log_f * LOG2E).clamp(min=least * LOG2E)
+    return (log_f.double() * LOG2E).clamp(min=-60.0)
+
+
+def _low_rank_chunks(q: Tensor, k: Tensor, a: Tensor, b: Tensor, log2_f: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Inside chunks of at most 32 steps, the scores A_qk, A_qb, A_ak, A_ab (c, M, L, L); and what reaches beyond a chunk.
+
+    The latter: q and a as they read the state before the chunk, and k and b as they are left at its end, all (c, M, L, K); the decay of
+    that state over the chunk (c, M, K, 1).
+
+    As in `_PerChannelDecay`, the scores are products around the middle of the chunk: 16 steps to either side, so that 2^960 is the largest
+    power in float64, and what overflows above the diagonal is dropped. a reads the state before its own step's decay: it sees the steps
+    before it only, over one decay less than q.
+    """
+    dtype, G = q.dtype, log2_f.cumsum(2)
+    middle = G[:, :, (q.shape[2] - 1) // 2, None]
+    G = G - middle
+    decay, to_middle = G.exp2(), middle.exp2()
+    q, a, k, b = q * decay, a * (G - log2_f).exp2(), k / decay, b / decay
+    scores = [_bmm(x, y.mT).tril(diagonal).to(dtype) for x, diagonal in ((q, 0), (a, -1)) for y in (k, b)]
+    to_end = decay[:, :, -1:]
+    beyond = [q * to_middle, a * to_middle, k * to_end, b * to_end, (to_middle * to_end).mT]
+    return scores, [x.to(dtype) for x in beyond]
+
+
+def _carry_low_rank(u: Tensor, w: Tensor, b_end: Tensor, added: Tensor, total: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Chunk after chunk, u + w S and S' = total S + added + b_end^T (u + w S): all u (c, M, L, V), the states before, the last state."""
+    recalled, before = [], []
+    for u_MLV, w_MLK, b_MLK, added_MKV, total_MK1 in zip(u, w, b_end, added, total, strict=True):
+        before.append(S)
+        recalled.append(torch.baddbmm(u_MLV, w_MLK, S))
+        S = torch.baddbmm(torch.addcmul(added_MKV, total_MK1, S), b_MLK.mT, recalled[-1])
+    return torch.stack(recalled), torch.stack(before), S
 
 
 class _PerChannelDecay(torch.autograd.Function):

@@ -89,6 +89,32 @@ class DeltaInputs:
 
 
 @dataclass(frozen=True)
+class DiagonalLowRankInputs:
+    """Diagonal plus low rank (RWKV7): S_t = (diag(exp(log_f_t)) + b_t a_t^T) S_{t-1} + k_t v_t^T, o_t = scale * S_t^T q_t; state (S_BHKV,).
+
+    b_t receives what a_t recalls from S_{t-1}, before any decay. The transition must not grow the state: RWKV7 has a_t = -kappa_t of unit
+    length and b_t = eta_t kappa_t with eta_t in (0, 1). `least_log_f` is a bound that the mixer promises for log_f, if it knows one;
+    it changes no result, and lets `chunked` and `fla` take faster paths.
+    """
+
+    q_BTHK: Tensor
+    k_BTHK: Tensor
+    v_BTHV: Tensor
+    a_BTHK: Tensor
+    b_BTHK: Tensor
+    log_f_BTHK: Tensor
+    scale: float = 1.0
+    least_log_f: float | None = None
+    skip: Tensor | None = None
+    family: ClassVar[str] = "diagonal_low_rank"
+
+    def masked(self, lengths_B: Tensor) -> "DiagonalLowRankInputs":
+        """Zero k, b and log decay at the padding."""
+        k_BTHK, b_BTHK = zero_padding(self.k_BTHK, lengths_B), zero_padding(self.b_BTHK, lengths_B)
+        return replace(self, k_BTHK=k_BTHK, b_BTHK=b_BTHK, log_f_BTHK=zero_padding(self.log_f_BTHK, lengths_B))
+
+
+@dataclass(frozen=True)
 class DiagonalInputs:
     """Diagonal scan (HGRN1, LRU, S4D): h_t = exp(log_a_t + i theta_t) h_{t-1} + x_t, o_t = h_t; state (h_BD,).
 

@@ -16,18 +16,19 @@ from torch import Tensor
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.ops.chunked import softmax as softmax  # torch's own attention kernel on every backend
-from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalInputs, OpInputs, ScalarDecayInputs, State
+from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalInputs, DiagonalLowRankInputs, OpInputs, ScalarDecayInputs, State
 
 # Triton multiplies matrices of at least 16 rows and columns; smaller heads are padded with zeros, which changes no result.
 MIN_HEAD_DIM = 16
 
-MatrixInputs = DecayInputs | ScalarDecayInputs | DeltaInputs
+MatrixInputs = DecayInputs | ScalarDecayInputs | DeltaInputs | DiagonalLowRankInputs
 
 _KERNELS = {
     "per_channel_decay": ("fla.ops.gla", "chunk_gla"),
     "scalar_decay": ("fla.ops.simple_gla", "chunk_simple_gla"),
     "delta_rule": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
     "delta_rule without decay": ("fla.ops.delta_rule", "chunk_delta_rule"),
+    "diagonal_low_rank": ("fla.ops.generalized_delta_rule", "chunk_dplr_delta_rule"),
     "diagonal_scan": ("fla.ops.hgrn", "fused_recurrent_hgrn"),
 }
 
@@ -54,6 +55,16 @@ def delta_rule(inputs: DeltaInputs, state: State | None) -> tuple[Tensor, State]
     return _matrix_state(inputs, (log_f_BTH, beta_BTH), state)
 
 
+def diagonal_low_rank(inputs: DiagonalLowRankInputs, state: State | None) -> tuple[Tensor, State]:
+    """The chunk kernel of RWKV7 (arXiv 2503.14456): o (B, T, H, V), state (S_BHKV,) in fp32.
+
+    In half precision a promised bound of the decay lets the kernel take chunks of 64 steps on tensor cores. That path inverts a matrix in
+    fp16, so float32 keeps to the other one, chunks of 16. fla itself warns that float32 may not run on every GPU.
+    """
+    a, b = (_padded(x.to(inputs.v_BTHV.dtype), 1) for x in (inputs.a_BTHK, inputs.b_BTHK))
+    return _matrix_state(inputs, (a, b, _padded(inputs.log_f_BTHK.float(), 1)), state, lower_bound=_tensor_core_bound(inputs))
+
+
 def diagonal_scan(inputs: DiagonalInputs, state: State | None) -> tuple[Tensor, State]:
     """HGRN's recurrent kernel (arXiv 2311.04823): o (B, T, D), state (h_BD,) in fp32 or complex64.
 
@@ -77,6 +88,9 @@ def kernel_name(inputs: OpInputs) -> str:
     notes: list[str] = []
     if isinstance(inputs, DeltaInputs) and inputs.log_f_BTH is None and entry == inputs.family:
         notes = ["no decay: chunk_delta_rule in half precision"]
+    if isinstance(inputs, DiagonalLowRankInputs):
+        bound = _tensor_core_bound(inputs)
+        notes = ["chunks of 16" if bound is None else f"log f >= {bound:.4g}"]
     if isinstance(inputs, MatrixInputs):
         sizes = {"K": inputs.k_BTHK.shape[-1], "V": inputs.v_BTHV.shape[-1]}
         notes += [f"{letter} padded {size} to {MIN_HEAD_DIM}" for letter, size in sizes.items() if size < MIN_HEAD_DIM]
@@ -93,7 +107,12 @@ def _entry(inputs: OpInputs) -> str:
     return inputs.family
 
 
-def _matrix_state(inputs: MatrixInputs, gates: tuple[Tensor, ...], state: State | None) -> tuple[Tensor, State]:
+def _tensor_core_bound(inputs: DiagonalLowRankInputs) -> float | None:
+    """The bound of the log decay that fla may build on, or None for the kernel that is exact in float32."""
+    return None if inputs.v_BTHV.dtype == torch.float32 else inputs.least_log_f
+
+
+def _matrix_state(inputs: MatrixInputs, gates: tuple[Tensor, ...], state: State | None, **options: Any) -> tuple[Tensor, State]:
     """Run a chunk kernel with the scale given, never the kernel's default, and every head dimension padded to the least it multiplies."""
     K, V, dtype = inputs.k_BTHK.shape[-1], inputs.v_BTHV.shape[-1], inputs.v_BTHV.dtype
     o_BTHV, final_BHKV = _kernel(_entry(inputs))(
@@ -104,6 +123,7 @@ def _matrix_state(inputs: MatrixInputs, gates: tuple[Tensor, ...], state: State 
         scale=inputs.scale,
         initial_state=None if state is None else _padded(state[0].float(), 2),
         output_final_state=True,
+        **options,
     )
     return o_BTHV[..., :V], (final_BHKV[..., :K, :V],)
 

@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalInputs, ScalarDecayInputs, SelectiveInputs, SoftmaxInputs, State
+from hgrn2_bench.ops.families import (
+    DecayInputs,
+    DeltaInputs,
+    DiagonalInputs,
+    DiagonalLowRankInputs,
+    ScalarDecayInputs,
+    SelectiveInputs,
+    SoftmaxInputs,
+    State,
+)
 
 
 def wide_dtype(*tensors: Tensor) -> torch.dtype:
@@ -58,6 +67,20 @@ def delta_rule(inputs: DeltaInputs, state: State | None) -> tuple[Tensor, State]
         S_BHKV = f_BH11 * S_BHKV
         u_BHV = beta_BH1 * (v_BHV - (k_BHK[..., None] * S_BHKV).sum(-2))
         S_BHKV = S_BHKV + k_BHK[..., None] * u_BHV[..., None, :]
+        o.append(inputs.scale * (q_BHK[..., None] * S_BHKV).sum(-2))
+    return torch.stack(o, 1).to(inputs.v_BTHV.dtype), (S_BHKV,)
+
+
+def diagonal_low_rank(inputs: DiagonalLowRankInputs, state: State | None) -> tuple[Tensor, State]:
+    """S_t = (diag(f_t) + b_t a_t^T) S_{t-1} + k_t v_t^T, o_t = scale S_t^T q_t (RWKV7, arXiv 2503.14456, whose state is our transpose)."""
+    given = (inputs.q_BTHK, inputs.k_BTHK, inputs.v_BTHV, inputs.a_BTHK, inputs.b_BTHK, inputs.log_f_BTHK)
+    q, k, v, a, b, log_f = (x.to(wide_dtype(*given)) for x in given)
+    B, _, H, K = q.shape
+    S_BHKV = q.new_zeros(B, H, K, v.shape[-1]) if state is None else state[0].to(q.dtype)
+    o = []
+    for q_BHK, k_BHK, v_BHV, a_BHK, b_BHK, f_BHK in zip(*(x.unbind(1) for x in (q, k, v, a, b, log_f.exp())), strict=True):
+        recalled_BHV = (a_BHK[..., None] * S_BHKV).sum(-2)
+        S_BHKV = f_BHK[..., None] * S_BHKV + b_BHK[..., None] * recalled_BHV[..., None, :] + k_BHK[..., None] * v_BHV[..., None, :]
         o.append(inputs.scale * (q_BHK[..., None] * S_BHKV).sum(-2))
     return torch.stack(o, 1).to(inputs.v_BTHV.dtype), (S_BHKV,)
 

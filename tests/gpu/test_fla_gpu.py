@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of fla_cases, where pytest was given this folder alone
-from fla_cases import Case, autotuners, decay_case, delta_case, diagonal_case, errors, results, to
+from fla_cases import Case, autotuners, decay_case, delta_case, diagonal_case, errors, low_rank_case, results, to
 
 from hgrn2_bench.ops import families, fla
 from hgrn2_bench.ops.families import DecayInputs, ScalarDecayInputs
@@ -29,6 +29,7 @@ FAMILIES: dict[str, Callable[..., Case]] = {
     "scalar_decay": partial(decay_case, scalar=True),
     "delta_rule": delta_case,
     "delta_rule without decay": partial(delta_case, decays=False),
+    "diagonal_low_rank": low_rank_case,
     "diagonal_scan": diagonal_case,
 }
 TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 2e-2}  # fp32 matrix products run in tf32
@@ -57,7 +58,7 @@ def has_gradient(family: str) -> bool:
     """Whether fla gives the gradient: on Hopper it refuses those of one decay per head with the Triton versions that miscompile them."""
     triton = tuple(int(part) for part in version("triton").split(".")[:3])
     refused = torch.cuda.get_device_capability()[0] == 9 and (3, 4) <= triton < (3, 7, 1) and find_spec("tilelang") is None
-    return family in ("per_channel_decay", "diagonal_scan") or not refused
+    return family in ("per_channel_decay", "diagonal_low_rank", "diagonal_scan") or not refused
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -75,11 +76,18 @@ def test_complex_scan_matches_reference(phase: str) -> None:
     assert all(error < 1e-4 for error in found.values()), found  # no matrix product, hence no tf32
 
 
-@pytest.mark.parametrize("family", ["per_channel_decay", "scalar_decay", "delta_rule"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("K", [8, 32, 64])
+def test_bounded_decay_on_tensor_cores(K: int, dtype: torch.dtype) -> None:
+    found = errors(*on_gpu(low_rank_case(1334, K, dtype=dtype, bounded=True)))
+    assert all(error < TOLERANCES[torch.bfloat16] for error in found.values()), found
+
+
+@pytest.mark.parametrize("family", ["per_channel_decay", "scalar_decay", "delta_rule", "diagonal_low_rank"])
 def test_head_dimension_8_is_padded(family: str) -> None:
     inputs, state = on_gpu(FAMILIES[family](100, 8))
     found = errors(inputs, state, gradients=has_gradient(family))
-    assert fla.kernel_name(inputs).endswith("(K padded 8 to 16, V padded 8 to 16)")
+    assert fla.kernel_name(inputs).endswith("K padded 8 to 16, V padded 8 to 16)")
     assert all(error < TOLERANCES[torch.float32] for error in found.values()), found
 
 

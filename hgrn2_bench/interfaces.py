@@ -42,6 +42,10 @@ class Context:
 
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors of the whole model; `lower_bound` is (num_layers, D)."""
+    carry: dict[str, Tensor] = field(default_factory=dict)
+    """What a layer leaves for the layers after it, about the same tokens: one dictionary for all layers of one call."""
+    aside: dict[str, Tensor] = field(default_factory=dict)
+    """What `project` leaves for `finish` of the same layer."""
     lengths_B: Tensor | None = None
     state: MixerState | None = None
     return_state: bool = False
@@ -96,6 +100,10 @@ class Mixer(nn.Module):
         """Norm, gate and output projection: everything after the recurrence."""
         raise NotImplementedError(f"{type(self).__name__} has no readout")
 
+    def finish(self, o: Tensor, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """`readout`, for mixers whose norm or gate needs more than the input: they override this and read `ctx.aside`."""
+        return self.readout(o, x_BTD)
+
     def state_size(self, seq_len: int, itemsize: int = 4) -> int:
         """Bytes that decoding holds for one sequence after `seq_len` tokens: states (4 bytes a number) and buffers (`itemsize`)."""
         raise NotImplementedError(f"{type(self).__name__} has no state_size")
@@ -120,11 +128,20 @@ class Mixer(nn.Module):
         o, state = families.run(inputs, self.spec.backend, ctx.state["op"] if ctx.state else None)
         if ctx.return_state:
             ctx.next_state["op"] = state
-        return self.readout(o, x_BTD)
+        return self.finish(o, x_BTD, ctx)
 
-    def step(self, x_BD: Tensor, state: MixerState | None, shared: Mapping[str, Tensor] | None = None) -> tuple[Tensor, MixerState]:
-        """Decode one token: (B, D) and the state so far (None at the start) to (B, D) and the next state."""
-        ctx = Context(shared=shared or {}, state=state, return_state=True)
+    def step(
+        self,
+        x_BD: Tensor,
+        state: MixerState | None,
+        shared: Mapping[str, Tensor] | None = None,
+        carry: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, MixerState]:
+        """Decode one token: (B, D) and the state so far (None at the start) to (B, D) and the next state.
+
+        `carry` is one dictionary per token, handed to every layer in turn, as `Context.carry` is.
+        """
+        ctx = Context(shared=shared or {}, carry={} if carry is None else carry, state=state, return_state=True)
         return self.forward(x_BD[:, None], ctx)[:, 0], ctx.next_state
 
 

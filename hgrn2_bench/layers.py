@@ -70,6 +70,18 @@ def conv_names(mixer: nn.Module) -> list[str]:
     return [m.name for m in mixer.modules() if isinstance(m, ShortConv)]
 
 
+def token_shift(x_BTD: Tensor, ctx: Context) -> Tensor:
+    """The token before each one, (B, T, D): zeros before the first, or the input that `ctx.state` holds under `shift`."""
+    past = torch.zeros_like(x_BTD[:, :1]) if ctx.state is None else ctx.state["shift"][0].to(x_BTD.dtype)
+    padded = torch.cat([past, x_BTD], 1)
+    if ctx.return_state:
+        end = (
+            torch.full_like(padded[:, 0, 0], x_BTD.shape[1], dtype=torch.long) if ctx.lengths_B is None else ctx.lengths_B.to(x_BTD.device)
+        )
+        ctx.next_state["shift"] = (padded.take_along_dim(end[:, None, None], 1),)
+    return padded[:, :-1]
+
+
 def forget_gate(logit_BTD: Tensor, bound_D: Tensor | None) -> tuple[Tensor, Tensor]:
     """The gate f = lb + (1 - lb) sigmoid(logit) as (log f, 1 - f), in float32 or wider; lb is `bound_D`, 0 without one.
 

@@ -163,8 +163,9 @@ class SequenceModel(nn.Module):
             x_BTD = x_BTD + self.get_buffer("sinusoid")[:T]
         x_BTD = self.embed_dropout(x_BTD)
         shared = self.shared()
+        carry: dict[str, Tensor] = {}
         for block in self.blocks:
-            x_BTD = block(x_BTD, Context(shared=shared, lengths_B=lengths_B))
+            x_BTD = block(x_BTD, Context(shared=shared, carry=carry, lengths_B=lengths_B))
         return self.norm(x_BTD)
 
     def shared(self) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ D, T = 32, 17
 LENGTHS = (1, 17, 65)
 MORE_FORMS = {"base_conv": [{"long": "odd"}]}
 """Settings that make another mixer of the same class; the case is layer 1."""
-GATES = ("log_f_BTHK", "log_f_BTH", "beta_BTH", "log_a_BTD", "dt_BTD", "A_DN")
+GATES = ("log_f_BTHK", "log_f_BTH", "beta_BTH", "log_a_BTD", "dt_BTD", "A_DN", "a_BTHK", "b_BTHK")
 
 
 def mixers() -> Iterator[tuple[str, type[Mixer]]]:
@@ -47,8 +47,13 @@ class Case:
         bound = torch.linspace(0.1, 0.6, D)
         return {"lower_bound": torch.stack([torch.zeros(D), bound])} if self.cls.bounded else {}
 
+    @property
+    def carry(self) -> dict[str, Tensor]:
+        """What a layer 0 would have left: the same values for every token."""
+        return {"values": torch.linspace(-1, 1, D)[None, None]}
+
     def context(self, **fields: Any) -> Context:
-        return Context(shared=self.shared, **fields)
+        return Context(shared=self.shared, carry=self.carry, **fields)
 
     @property
     def is_attention(self) -> bool:
@@ -85,7 +90,7 @@ def inputs(*shape: int, seed: int = 1) -> Tensor:
 def decode(case: Case, mixer: Mixer, x_BTD: Tensor, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
     outputs = []
     for x_BD in x_BTD.unbind(1):
-        y_BD, state = mixer.step(x_BD, state, case.shared)
+        y_BD, state = mixer.step(x_BD, state, case.shared, case.carry)
         outputs.append(y_BD)
     assert state is not None
     return torch.stack(outputs, 1), state
@@ -110,7 +115,7 @@ def assert_same_state(got: MixerState, want: MixerState, **tolerance: float) -> 
 
 def test_mixers_are_all_found() -> None:
     expected = {"hgrn2", "attention", "gla", "hgrn1", "mamba", "linear_attention", "retnet", "mamba2", "delta_net", "gated_delta_net"}
-    assert expected | {"rwkv6", "based", "base_conv"} <= {name for name, _ in mixers()}
+    assert expected | {"rwkv6", "rwkv7", "based", "base_conv"} <= {name for name, _ in mixers()}
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -301,8 +306,8 @@ def test_class_facts_agree_with_the_code(case: Case) -> None:
     assert (case.cls.__doc__ or "").strip()
 
 
-def decay(mixer: Mixer) -> Tensor:
-    log_decay = log_decay_of(mixer.project(inputs(4, T), Context()))
+def decay(case: Case, mixer: Mixer) -> Tensor:
+    log_decay = log_decay_of(mixer.project(inputs(4, T), Context(carry=case.carry)))
     assert log_decay is not None
     return log_decay.exp()
 
@@ -316,7 +321,7 @@ def test_forget_bias_raises_the_decay_also_after_all_biases_were_zeroed(case: Ca
                 if isinstance(module, nn.Linear) and module.bias is not None:
                     nn.init.zeros_(module.bias)
             mixer.init_forget_bias()
-        return [decay(mixer).median().item() for mixer in mixers]
+        return [decay(case, mixer).median().item() for mixer in mixers]
 
     for low, middle, high in (medians(zeroed=False), medians(zeroed=True)):
         assert low < middle - 1e-3 < middle + 1e-3 < high

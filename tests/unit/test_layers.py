@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hgrn2_bench.interfaces import Context, MixerSpec
-from hgrn2_bench.layers import ForgetGate, ShortConv, conv_buffers, conv_names, forget_gate, l2_norm, rms_norm
+from hgrn2_bench.layers import ForgetGate, ShortConv, conv_buffers, conv_names, forget_gate, l2_norm, rms_norm, token_shift
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -30,6 +30,18 @@ def test_short_conv_buffer_holds_the_last_valid_inputs() -> None:
     assert torch.equal(buffer[0], x[0, 2:])
     assert torch.equal(buffer[1], torch.stack([torch.zeros(2), torch.zeros(2), x[1, 0]]))
     assert (conv_buffers(conv), conv_names(conv)) == (6, ["conv_x"])
+
+
+def test_token_shift_gives_the_token_before_and_keeps_the_last_valid_one() -> None:
+    x = torch.arange(1.0, 21).reshape(2, 5, 2)
+    ctx = Context(lengths_B=torch.tensor([5, 2]), return_state=True)
+    shifted = token_shift(x, ctx)
+    assert torch.equal(shifted, torch.cat([torch.zeros(2, 1, 2), x[:, :-1]], 1))
+    (last,) = ctx.next_state["shift"]
+    assert torch.equal(last[:, 0], torch.stack([x[0, 4], x[1, 1]]))
+    following = Context(state=ctx.next_state, return_state=True)
+    assert torch.equal(token_shift(x[:, :1], following), last)
+    assert torch.equal(following.next_state["shift"][0], x[:, :1])
 
 
 @pytest.mark.parametrize("bound", [None, 0.0, 1e-6, 0.25, 0.9])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from hgrn2_bench.ops import chunked, families, reference
-from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, SelectiveInputs, SoftmaxInputs
+from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalLowRankInputs, SelectiveInputs, SoftmaxInputs
 
 ROUNDS = 12
 Call = Callable[[], object]
@@ -75,6 +75,14 @@ def test_delta_rule_is_faster_than_step_by_step() -> None:
     inputs = DeltaInputs(q, F.normalize(k, dim=-1), v, torch.rand(64, 64, 1), F.logsigmoid(torch.randn(64, 64, 1)))
     steps = training_step(reference.delta_rule, inputs)
     assert ratio(training_step(chunked.delta_rule, inputs), steps) <= 1 / 2  # seen: 1 / 4.7
+
+
+def test_diagonal_low_rank_is_faster_than_step_by_step() -> None:
+    q, k, v, b, logit = torch.randn(5, 64, 64, 1, 64).unbind(0)
+    a, least = F.normalize(torch.randn(64, 64, 1, 64), dim=-1), -0.6065
+    inputs = DiagonalLowRankInputs(q, k, v, -a, b.sigmoid() * a, least * logit.sigmoid(), least_log_f=least)
+    steps = training_step(reference.diagonal_low_rank, inputs)
+    assert ratio(training_step(chunked.diagonal_low_rank, inputs), steps) <= 1 / 1.5  # seen: 1 / 4.7
 
 
 def test_selective_scan_is_faster_than_step_by_step() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, fewest_heads, heads_of
-from hgrn2_bench.layers import ShortConv, conv_buffers, l2_norm, split_heads
+from hgrn2_bench.layers import RMSNorm, ShortConv, conv_buffers, l2_norm, split_heads
 from hgrn2_bench.ops.families import DeltaInputs
 
 HEAD_DIM = 128  # of the published models: 16 heads at width 2048 (fla, fla/models/delta_net/configuration_delta_net.py)
@@ -46,7 +46,7 @@ class DeltaNet(Mixer):
         self.beta_proj = nn.Linear(D, self.heads, bias=False)
         if spec.conv:
             self.conv_q, self.conv_k, self.conv_v = (ShortConv(D, spec.conv, f"conv_{stream}") for stream in "qkv")
-        self.norm = nn.RMSNorm(self.head_dim, eps=1e-5)
+        self.norm = RMSNorm(self.head_dim, eps=1e-5)
         self.out_proj = nn.Linear(D, D, bias=False)
 
     def project(self, x_BTD: Tensor, ctx: Context) -> DeltaInputs:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, expanded_width, fewest_heads, heads_of
-from hgrn2_bench.layers import ShortConv, conv_buffers, l2_norm, split_heads
+from hgrn2_bench.layers import RMSNorm, ShortConv, conv_buffers, l2_norm, split_heads
 from hgrn2_bench.ops.families import DeltaInputs
 
 HEAD_K = 256  # of the published models: 6 heads at width 2048 (fla, fla/layers/gated_deltanet.py)
@@ -66,7 +66,7 @@ class GatedDeltaNet(Mixer):
             self.conv_q, self.conv_k = ShortConv(HK, spec.conv, "conv_q"), ShortConv(HK, spec.conv, "conv_k")
             self.conv_v = ShortConv(HV, spec.conv, "conv_v")
         self.gate_proj = nn.Linear(D, HV, bias=False)
-        self.norm = nn.RMSNorm(self.head_v, eps=1e-5)
+        self.norm = RMSNorm(self.head_v, eps=1e-5)
         self.out_proj = nn.Linear(HV, D, bias=False)
         self.init_step_size()
         self.init_forget_bias()

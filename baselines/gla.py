@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, expanded_width, heads_of
-from hgrn2_bench.layers import ShortConv, conv_buffers, split_heads
+from hgrn2_bench.layers import RMSNorm, ShortConv, conv_buffers, split_heads
 from hgrn2_bench.ops.families import DecayInputs
 
 
@@ -51,7 +51,7 @@ class GLA(Mixer):
             self.conv_q, self.conv_k = ShortConv(HK, spec.conv, "conv_q"), ShortConv(HK, spec.conv, "conv_k")
             self.conv_v = ShortConv(HV, spec.conv, "conv_v")
         self.gate_proj = nn.Linear(D, HV, bias=False)
-        self.norm = nn.RMSNorm(self.head_v, eps=1e-5)
+        self.norm = RMSNorm(self.head_v, eps=1e-5)
         self.out_proj = nn.Linear(HV, D, bias=False)
         self.init_forget_bias()
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from hgrn2_bench.errors import unknown
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec
-from hgrn2_bench.layers import ForgetGate, ShortConv, conv_buffers, split_heads
+from hgrn2_bench.layers import ForgetGate, LayerNorm, RMSNorm, ShortConv, conv_buffers, split_heads
 from hgrn2_bench.ops.families import DiagonalInputs
 
 VARIANTS = ("paper", "fla")
@@ -52,7 +52,7 @@ class HGRN1(Mixer):
         self.forget_gate = ForgetGate(spec, self.complex)
         self.theta = nn.Parameter(10_000.0 ** (-2 * torch.arange(D) / D)) if self.complex else None
         self.gate_proj = nn.Linear(D, E, bias=self.complex)
-        self.norm = nn.LayerNorm(E) if self.complex else nn.RMSNorm(E, eps=1e-5)
+        self.norm = LayerNorm(E) if self.complex else RMSNorm(E, eps=1e-5)
         self.out_proj = nn.Linear(E, D, bias=self.complex)
         self.init_forget_bias()
 

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, heads_of
-from hgrn2_bench.layers import ShortConv, conv_buffers, split_heads
+from hgrn2_bench.layers import RMSNorm, ShortConv, conv_buffers, split_heads
 from hgrn2_bench.ops.families import ScalarDecayInputs
 
 # state-spaces/mamba, mamba_ssm/modules/mamba2.py
@@ -61,7 +61,7 @@ class Mamba2(Mixer):
         self.A_log = nn.Parameter(torch.empty(H).uniform_(A_MIN, A_MAX).log())
         self.D = nn.Parameter(torch.ones(H))
         self.gate_proj = nn.Linear(D, E, bias=False)
-        self.norm = nn.RMSNorm(E, eps=1e-5)
+        self.norm = RMSNorm(E, eps=1e-5)
         self.out_proj = nn.Linear(E, D, bias=False)
         self.init_step_size()
 

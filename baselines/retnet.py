@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, expanded_width, heads_of
-from hgrn2_bench.layers import ShortConv, conv_buffers, rms_norm, split_heads
+from hgrn2_bench.layers import RMSNorm, ShortConv, conv_buffers, split_heads
 from hgrn2_bench.ops.families import ScalarDecayInputs
 
 # microsoft/torchscale, torchscale/architecture: retnet.py (RetNetRelPos) and config.py (RetNetConfig)
@@ -57,6 +57,7 @@ class RetNet(Mixer):
             self.conv_q, self.conv_k = ShortConv(HK, spec.conv, "conv_q"), ShortConv(HK, spec.conv, "conv_k")
             self.conv_v = ShortConv(HV, spec.conv, "conv_v")
         self.gate_proj = nn.Linear(D, HV, bias=False)
+        self.norm = RMSNorm(self.head_v, eps=NORM_EPS, elementwise_affine=False)
         self.out_proj = nn.Linear(HV, D, bias=False)
 
     def _head_dim(self, name: str, expand: float) -> int:
@@ -93,7 +94,7 @@ class RetNet(Mixer):
 
     def readout(self, o: Tensor, x_BTD: Tensor) -> Tensor:
         """Norm per head, swish gate, output projection."""
-        o_BTHV = rms_norm(o.to(self.out_proj.weight.dtype), NORM_EPS)
+        o_BTHV = self.norm(o.to(self.out_proj.weight.dtype))
         out_BTD: Tensor = self.out_proj(o_BTHV.flatten(-2) * F.silu(self.gate_proj(x_BTD)))
         return out_BTD
 

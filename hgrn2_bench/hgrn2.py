@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hgrn2_bench.errors import unknown
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, heads_of
-from hgrn2_bench.layers import ACTIVATIONS, ForgetGate, ShortConv, conv_buffers, split_heads
+from hgrn2_bench.layers import ACTIVATIONS, ForgetGate, LayerNorm, RMSNorm, ShortConv, conv_buffers, split_heads
 from hgrn2_bench.ops.families import DecayInputs
 
 
@@ -77,10 +77,10 @@ class HGRN2(Mixer):
 
     def _norm(self, D: int) -> nn.Module:
         if self.parts.norm == "LayerNorm":
-            return nn.LayerNorm(D)
+            return LayerNorm(D)
         if self.parts.norm == "RMSNorm":
-            return nn.RMSNorm(D, eps=1e-5)
-        return nn.RMSNorm(D, eps=1e-6, elementwise_affine=False)  # eps: SimpleRMSNorm of hgru2-pytorch
+            return RMSNorm(D, eps=1e-5)
+        return RMSNorm(D, eps=1e-6, elementwise_affine=False)  # eps: SimpleRMSNorm of hgru2-pytorch
 
     def init_forget_bias(self) -> None:
         """Put `spec.forget_bias` where the gate's bias is."""

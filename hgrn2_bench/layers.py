@@ -40,11 +40,45 @@ def buffered(x_BTD: Tensor, past: int, name: str, ctx: Context) -> Tensor:
     return padded
 
 
-class ShortConv(nn.Module):
+class FollowsBackend:
+    """A layer with a Triton kernel of fla beside torch's own; the model sets its `backend` to that of the mixers."""
+
+    backend: str = "chunked"
+
+    def on_triton(self, x: Tensor) -> bool:
+        """Whether fla's kernel takes this input."""
+        return self.backend == "fla" and x.is_cuda
+
+
+class LayerNorm(FollowsBackend, nn.LayerNorm):
+    """Layer norm over the last dimension. While training on fla in Triton: torch's kernels take a block of threads for each short row."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise, in float32 under autocast."""
+        if not (self.on_triton(input) and torch.is_grad_enabled()):
+            return super().forward(input)
+        from hgrn2_bench.ops import fla
+
+        return fla.layer_norm(input.float(), self.weight, self.bias, self.eps)
+
+
+class RMSNorm(FollowsBackend, nn.RMSNorm):
+    """Root-mean-square norm over the last dimension, in Triton where `LayerNorm` is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise."""
+        if self.eps is None or not (self.on_triton(x) and torch.is_grad_enabled()):
+            return super().forward(x)
+        from hgrn2_bench.ops import fla
+
+        return fla.rms_norm(x, self.weight, self.eps)
+
+
+class ShortConv(FollowsBackend, nn.Module):
     """Causal depthwise convolution of width W over time, (B, T, D) -> (B, T, D); decoding keeps the last W - 1 inputs.
 
     Parameters start as in `nn.Conv1d` (uniform with bound 1/sqrt(W)). `name` is its key in the mixer's state.
-    It is computed as a two-dimensional convolution of height 1: (B, T, D) is then laid out channels-last already, nothing is
+    In torch it is computed as a two-dimensional convolution of height 1: (B, T, D) is then laid out channels-last already, nothing is
     transposed, and the CPU kernel is two to five times faster.
     """
 
@@ -55,6 +89,12 @@ class ShortConv(nn.Module):
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """Convolve after the incoming buffer (zeros at the start), leaving the new buffer in `ctx.next_state`."""
+        if self.on_triton(x_BTD):
+            from hgrn2_bench.ops import fla
+
+            past = self.width - 1 if ctx.state is not None or ctx.return_state else 0
+            padded = buffered(x_BTD, past, self.name, ctx) if past else x_BTD
+            return fla.causal_conv(padded, self.conv.weight[:, 0], self.conv.bias)[:, past:]
         padded = buffered(x_BTD, self.width - 1, self.name, ctx)
         image_BD1T = padded.transpose(1, 2)[:, :, None]
         return F.conv2d(image_BD1T, self.conv.weight[:, :, None], self.conv.bias, groups=self.conv.groups)[:, :, 0].transpose(1, 2)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from hgrn2_bench import registry
 from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec
+from hgrn2_bench.layers import FollowsBackend, LayerNorm, RMSNorm
 
 
 def mixer_spec(config: ModelConfig, layer: int, backend: str, settings: Mapping[str, Any], max_len: int) -> MixerSpec:
@@ -74,7 +75,7 @@ def channel_mixer(config: ModelConfig) -> nn.Module | None:
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """The norm that the protocol uses before every mixer and before the head."""
-    return nn.LayerNorm(config.d_model) if config.norm == "layernorm" else nn.RMSNorm(config.d_model, eps=1e-5)
+    return LayerNorm(config.d_model) if config.norm == "layernorm" else RMSNorm(config.d_model, eps=1e-5)
 
 
 class Block(nn.Module):
@@ -129,6 +130,9 @@ class SequenceModel(nn.Module):
         self.norm = make_norm(config)
         self.head = nn.Linear(config.d_model, vocab_size, bias=False)
         self.embed_dropout = nn.Dropout(config.embed_dropout)
+        for module in self.modules():
+            if isinstance(module, FollowsBackend):
+                module.backend = backend
         self._init_weights()
 
     def _init_weights(self) -> None:

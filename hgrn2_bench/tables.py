@@ -1,18 +1,17 @@
 """Rows to tables: a pure function of the rows and the suite's protocol.
 
 A table holds one task under one preset, protocol version, precision and data; rows that differ in these go to tables of their own, and a
-note says why. Within a table, runs that differ only in seed are one line, and the tuning grid is reduced to its best value, chosen on
-the selection split. A failed run counts as the worst value; it is never dropped.
+note says why. `lines.py` says what one line of a table is.
 """
 
 import json
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from hgrn2_bench.lines import Line, Run, beats_floors, best_lines, comparable, learned, settings_of
 from hgrn2_bench.protocol import Protocol
 from hgrn2_bench.render import Column, Score, Table, byte_count, count, short
 from hgrn2_bench.results import Row
@@ -22,200 +21,10 @@ PAIRS_NEEDED = 5
 SHOWN_BY_COLUMN = ("conv", "positions", "seed")
 
 
-@dataclass(frozen=True)
-class Run:
-    """One cell: its row on the test split (or its failure), and its value on the split that selects."""
-
-    row: Row
-    selection: float | None
-
-    @property
-    def value(self) -> float | None:
-        """The reported value; None where the cell has none."""
-        return self.row.value if self.row.status == "ok" else None
-
-
-@dataclass(frozen=True)
-class Line:
-    """One model under one setting: the runs of its best tuned value, one per seed."""
-
-    runs: tuple[Run, ...]
-    tuned: Mapping[str, Any]
-    searched: bool
-    """Whether the tuning grid had more than one point."""
-    edge: tuple[str, ...]
-    """Tuned keys whose best value lies at the edge of its grid."""
-
-    @property
-    def first(self) -> Row:
-        """A row that speaks for what all runs share."""
-        return next((r.row for r in self.runs if r.value is not None), self.runs[0].row)
-
-    @property
-    def values(self) -> list[float | None]:
-        """Values in seed order."""
-        return [run.value for run in self.runs]
-
-    @property
-    def finished(self) -> list[float]:
-        """Values of the runs that have one."""
-        return [v for v in self.values if v is not None]
-
-    @property
-    def middle(self) -> float:
-        """The median over seeds; a run without a value counts as the worst, so the median may be infinite."""
-        worst = -math.inf if self.first.higher_is_better else math.inf
-        return statistics.median(worst if v is None else v for v in self.values)
-
-
 def make_tables(rows: Iterable[Row], protocol: Protocol, metric: str | None = None) -> list[Table]:
     """Every table that the rows of one suite give, presets and tasks in alphabetical order."""
     metric = metric or protocol.metric
-    groups: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
-    for run in _runs(rows, metric):
-        row = run.row
-        groups[row.preset, row.task, row.protocol_version, row.dtype, row.device_name if protocol.speed else ""].append(run)
-    tables = []
-    for key in sorted(groups):
-        parts = _split_by_data(groups[key], protocol)
-        others = [k for k in groups if k[:2] == key[:2] and k != key]
-        why = ["rows of another protocol version, precision or device are in a table of their own"] if others else []
-        tables += [_table(part, protocol, metric, [*why, *_why_apart(part, parts)]) for part in parts]
-    return tables
-
-
-def _why_apart(part: Sequence[Run], parts: Sequence[Sequence[Run]]) -> list[str]:
-    """A note for one of several tables that differ in data: why, and the settings by which to tell this one."""
-    if len(parts) == 1:
-        return []
-    shared = [{k: v for k, v in p[0].row.settings.items() if all(r.row.settings.get(k) == v for r in p)} for p in parts]
-    mine = shared[[p is part for p in parts].index(True)]
-    here = [f"{key} {short(value)}" for key, value in mine.items() if any(key in s and s[key] != value for s in shared)]
-    which = ", ".join(here) or f"data hash {', '.join(sorted({r.row.data_hash for r in part if r.row.data_hash}))}"
-    return [f"rows of the same seed but other data (data hash) are in a table of their own; this one: {which}"]
-
-
-def _runs(rows: Iterable[Row], metric: str) -> list[Run]:
-    """One run per cell, the newest where a cell was run twice."""
-    cells: dict[str, list[Row]] = defaultdict(list)
-    for row in sorted(rows, key=lambda r: r.time):
-        if row.metric == metric or row.status != "ok":
-            cells[row.cell].append(row)
-    runs = []
-    for same in cells.values():
-        newest = [row for row in same if row.time == same[-1].time]
-        tested = next((row for row in newest if row.split == "test"), newest[-1])
-        select = tested.settings.get("select", "validation")
-        chosen = next((row.value for row in newest if row.split == select and row.status == "ok"), None)
-        runs.append(Run(tested, chosen))
-    return runs
-
-
-def _split_by_data(runs: Sequence[Run], protocol: Protocol) -> list[list[Run]]:
-    """Runs in parts whose data hashes agree wherever their seeds do. Runs of one line stay together unless they themselves disagree."""
-    bundles: list[tuple[dict[int, str], list[Run]]] = []
-    for line in _grouped(runs, protocol).values():
-        own: list[tuple[dict[int, str], list[Run]]] = []
-        for run in sorted(line, key=lambda r: (not r.row.data_hash, r.row.data_hash, r.row.seed)):
-            _join(own, {run.row.seed: run.row.data_hash} if run.row.data_hash else {}, [run])
-        bundles += own
-    parts: list[tuple[dict[int, str], list[Run]]] = []
-    for hashes, members in sorted(bundles, key=lambda b: (-len(b[0]), sorted(b[0].items()))):
-        _join(parts, hashes, members)
-    return [members for _, members in parts]
-
-
-def _join(parts: list[tuple[dict[int, str], list[Run]]], hashes: dict[int, str], runs: list[Run]) -> None:
-    """Add runs to the first part that knows no other data for their seeds, or as a part of their own."""
-    for known, members in parts:
-        if all(known.get(seed, digest) == digest for seed, digest in hashes.items()):
-            known.update(hashes)
-            members += runs
-            return
-    parts.append((dict(hashes), list(runs)))
-
-
-def _settings(row: Row) -> dict[str, Any]:
-    """Everything that sets lines of a table apart, the seed left out."""
-    place = {"backend": row.backend, "device": row.device, "processes": row.processes, "version": row.mixer_version}
-    return {k: v for k, v in row.settings.items() if k != "seed"} | place
-
-
-def _grouped(runs: Sequence[Run], protocol: Protocol) -> dict[str, list[Run]]:
-    """Runs that are equal in everything but seed and tuned keys, in an order that does not depend on theirs."""
-    groups: dict[str, list[Run]] = defaultdict(list)
-    for run in runs:
-        same = {k: v for k, v in _settings(run.row).items() if k not in protocol.tuned}
-        groups[json.dumps([run.row.model, same], sort_keys=True)].append(run)
-    return dict(sorted(groups.items()))
-
-
-def _lines(runs: Sequence[Run], protocol: Protocol) -> list[Line]:
-    """The best tuned value of each group of equal runs, best lines first."""
-    lines = [_best_line(group, protocol) for group in _grouped(runs, protocol).values()]
-    return sorted(lines, key=lambda line: _rank(line, protocol), reverse=True)
-
-
-def best_point(rows: Iterable[Row], protocol: Protocol) -> tuple[Any, ...]:
-    """The best values of the tuned keys among rows that are equal in all else but the seed."""
-    return _best_of(_grid(_runs(rows, protocol.metric), protocol), protocol)
-
-
-def _grid(runs: Iterable[Run], protocol: Protocol) -> dict[tuple[Any, ...], list[Run]]:
-    """Runs by their values of the tuned keys."""
-    grid: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
-    for run in runs:
-        grid[tuple(run.row.settings.get(k) for k in protocol.tuned)].append(run)
-    return grid
-
-
-def _best_of(grid: Mapping[tuple[Any, ...], Sequence[Run]], protocol: Protocol) -> tuple[Any, ...]:
-    """The point with the best mean on the selection split; a point with a failed run is never preferred to one without.
-
-    Where the grid was tuned on its first seed, the others were run at its best point only and have no say.
-    """
-    sign = 1 if protocol.higher_is_better else -1
-    everyone = [run.row for runs in grid.values() for run in runs]
-    first = min(row.seed for row in everyone)
-    alone = all(row.settings.get("tune_on") == "first_seed" for row in everyone)
-
-    def score(point: tuple[Any, ...]) -> tuple[float, float]:
-        runs = [run for run in grid[point] if not alone or run.row.seed == first]
-        known = [run.selection for run in runs if run.row.status == "ok" and run.selection is not None]
-        mean = sign * statistics.fmean(known) if known else -math.inf
-        return len(known) / max(1, len(runs)), mean
-
-    return max(sorted(grid), key=score)
-
-
-def _best_line(runs: Sequence[Run], protocol: Protocol) -> Line:
-    grid = _grid(runs, protocol)
-    best = _best_of(grid, protocol)
-    edge = []
-    for position, key in enumerate(protocol.tuned):
-        tried = sorted({point[position] for point in grid})
-        if len(tried) > 2 and best[position] in (tried[0], tried[-1]):
-            edge.append(key)
-    tuned = dict(zip(protocol.tuned, best, strict=True))
-    return Line(tuple(sorted(grid[best], key=lambda r: r.row.seed)), tuned, len(grid) > 1, tuple(edge))
-
-
-def beats_floors(value: float, row: Row) -> bool:
-    """Whether a value beats every floor of its row by more than twice the floor's standard error."""
-    if not math.isfinite(value) or not row.floors:
-        return math.isfinite(value)
-    floor = max(row.floors.values()) if row.higher_is_better else min(row.floors.values())
-    error = (floor * (1 - floor) / max(1, row.num_items)) ** 0.5 if 0 < floor < 1 else 0.0
-    return value > floor + 2 * error if row.higher_is_better else value < floor - 2 * error
-
-
-def learned(line: Line) -> bool:
-    """Whether the median run beats the floors."""
-    return beats_floors(line.middle, line.first)
-
-
-def _rank(line: Line, protocol: Protocol) -> tuple[bool, bool, float]:
-    return bool(line.finished), learned(line), line.middle if protocol.higher_is_better else -line.middle
+    return [_table(part.runs, protocol, metric, part.apart) for part in comparable(rows, protocol, metric)]
 
 
 def summary(line: Line, solved: float | None) -> str:
@@ -286,7 +95,7 @@ def _all_solved(lines: Sequence[Line], protocol: Protocol) -> bool:
 
 
 def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[str]) -> Table:
-    lines = _lines(runs, protocol)
+    lines = best_lines(runs, protocol)
     varying = _varying(lines, protocol)
     seeds = sorted({run.row.seed for line in lines for run in line.runs})
     arrow = "higher" if protocol.higher_is_better else "lower"
@@ -305,7 +114,7 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
     body = [
         (
             line.first.model,
-            *(_settings(line.first).get(key) for key in varying),
+            *(settings_of(line.first).get(key) for key in varying),
             *(line.tuned.get(key) for key in tuned),
             *_costs(line.first),
             Score(summary(line, protocol.solved), {run.row.seed: run.value for run in line.runs}),
@@ -336,7 +145,7 @@ def _varying(lines: Sequence[Line], protocol: Protocol) -> list[str]:
     """Settings that differ between lines: shared ones over the table, a model's own among its lines."""
     seen: dict[str, set[str]] = defaultdict(set)
     for line in lines:
-        for key, value in _settings(line.first).items():
+        for key, value in settings_of(line.first).items():
             seen[key].add(json.dumps(value))
     hidden = {*SHOWN_BY_COLUMN, *protocol.tuned}
     return [key for key, values in seen.items() if len(values) > 1 and key not in hidden]

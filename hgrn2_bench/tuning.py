@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from hgrn2_bench.lines import best_point
 from hgrn2_bench.plan import Cell
 from hgrn2_bench.protocol import Protocol
 from hgrn2_bench.results import Row
-from hgrn2_bench.tables import best_point
 
 
 def required(cells: Sequence[Cell], rows: Mapping[str, Sequence[Row]], protocol: Protocol) -> list[Cell]:

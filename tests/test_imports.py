@@ -14,7 +14,8 @@ FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob(
 HEAVY = {"torch", "fla", "pandas", "scipy", "triton", "transformers", "numpy"}
 OURS = {
     "ops": ("hgrn2_bench.ops", "hgrn2_bench.errors"),
-    "tables": ("hgrn2_bench.results", "hgrn2_bench.protocol", "hgrn2_bench.render"),
+    "tables": ("hgrn2_bench.results", "hgrn2_bench.protocol", "hgrn2_bench.render", "hgrn2_bench.lines"),
+    "lines": ("hgrn2_bench.results", "hgrn2_bench.protocol", "hgrn2_bench.render"),
     "render": (),
     "results": (),
     "provenance": (),
@@ -30,6 +31,7 @@ LIGHT = (
     "registry",
     "plan",
     "results",
+    "lines",
     "tables",
     "render",
     "published",

@@ -1,4 +1,4 @@
-"""The command line: run, list, table, status. Exit codes: 0 all well, 1 a cell failed, 2 bad input, 130 stopped by the user.
+"""The command line: run, list, table, plot, status. Exit codes: 0 all well, 1 a cell failed, 2 bad input, 130 stopped by the user.
 
 Imports no torch, fla or pandas: cells run in worker processes, and listing reads names and source text only.
 """
@@ -19,6 +19,7 @@ from hgrn2_bench.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
     from hgrn2_bench.executor import LocalExecutor
+    from hgrn2_bench.figures import Plot
     from hgrn2_bench.plan import Cell, Plan
     from hgrn2_bench.results import Row
 
@@ -274,7 +275,6 @@ def table(
 ) -> None:
     """Print the tables of every row found in a results folder."""
     from hgrn2_bench.render import FORMATS, render
-    from hgrn2_bench.results import find_rows
 
     protocol = registry.protocol(suite)
     if form not in FORMATS:
@@ -283,12 +283,9 @@ def table(
         raise ConfigError("--format jsonl prints our own rows; published values come as md, csv, latex or html")
     if preset and preset not in protocol.presets:
         raise unknown(f"preset of {suite}", preset, protocol.presets)
-    rows, problems = find_rows(results, suite)
-    for problem in problems:
-        print(f"note: {problem}", file=sys.stderr)
-    rows = [row for row in rows if not preset or row.preset == preset]
+    rows = [row for row in _rows(results, suite) if not preset or row.preset == preset]
     if not rows and not published:
-        raise ConfigError(f"no rows of {suite}{f' preset {preset}' if preset else ''} in {results}: run suite={suite} first")
+        raise _no_rows(results, suite, preset)
     if metric and metric not in (known := {row.metric for row in rows}):
         raise unknown("metric", metric, known)
     _print_tables(rows, suite, form, metric or None)
@@ -297,6 +294,20 @@ def table(
 
         values = published_table(rows, protocol)
         print(render(values, form) if values else f"nothing published for {suite}")
+
+
+def _rows(results: Path, suite: str) -> "list[Row]":
+    """All rows of a suite, with a note for each line that is none."""
+    from hgrn2_bench.results import find_rows
+
+    rows, problems = find_rows(results, suite)
+    for problem in problems:
+        print(f"note: {problem}", file=sys.stderr)
+    return rows
+
+
+def _no_rows(results: Path, suite: str, preset: str) -> ConfigError:
+    return ConfigError(f"no rows of {suite}{f' preset {preset}' if preset else ''} in {results}: run suite={suite} first")
 
 
 def _print_tables(rows: "Sequence[Row]", suite: str, form: str, metric: str | None = None) -> None:
@@ -309,6 +320,48 @@ def _print_tables(rows: "Sequence[Row]", suite: str, form: str, metric: str | No
         return
     for each in make_tables(rows, registry.protocol(suite), metric):
         print(render(each, form))
+
+
+@app.command()
+def plot(
+    suite: Annotated[str, typer.Argument(help="Suite whose rows to draw.")],
+    results: Results = DEFAULT_RESULTS,
+    preset: Annotated[str, typer.Option(help="Only this preset.")] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder of the figures; RESULTS/figures unless given.")] = None,
+) -> None:
+    """Draw the suite's figures from every row found in a results folder: PNG, SVG, and their numbers as csv."""
+    from importlib.util import find_spec
+
+    from hgrn2_bench.figures import make_plots
+
+    protocol = registry.protocol(suite)
+    if preset and preset not in protocol.presets:
+        raise unknown(f"preset of {suite}", preset, protocol.presets)
+    if find_spec("matplotlib") is None:
+        raise ConfigError('plot needs matplotlib: pip install "matplotlib>=3.8"')
+    found = _rows(results, suite)
+    rows = [row for row in found if not preset or row.preset == preset]
+    if not rows:
+        raise _no_rows(results, suite, preset)
+    plots, missing = make_plots(rows, protocol)
+    _draw(plots, sorted({row.model for row in found}), out or results / "figures")
+    for reason in missing:
+        print(f"note: {reason}", file=sys.stderr)
+
+
+def _draw(plots: "Sequence[Plot]", models: Sequence[str], folder: Path) -> None:
+    """Write the figures and say where they are."""
+    from hgrn2_bench.drawing import draw
+    from hgrn2_bench.figures import points_csv
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for plot in plots:
+            paths = draw(plot, models, folder)
+            (folder / f"{plot.stem}.csv").write_text(points_csv(plot))
+            print(f"{paths[0]} (and .svg, .csv)")
+    except OSError as error:
+        raise ConfigError(f"cannot write figures to {folder}: {error.strerror or error}") from None
 
 
 @app.command()

@@ -79,6 +79,11 @@ class Part:
     which: str
     """Where the other parts differ in data only: the settings, or the data hash, by which to tell this one."""
 
+    @property
+    def task(self) -> str:
+        """The task of all its runs."""
+        return self.runs[0].row.task
+
 
 def comparable(rows: Iterable[Row], protocol: Protocol, metric: str) -> list[Part]:
     """Runs in parts of one preset, task, protocol version, precision and data (and device, for a speed), in alphabetical order."""

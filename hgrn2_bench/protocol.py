@@ -27,6 +27,31 @@ class Preset:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """One figure of a suite: a metric against something, one column of panels per task, one curve per model and setting."""
+
+    name: str
+    """Part of the file's name."""
+    title: str
+    x: str
+    """A setting under the name a user types, a field of the row such as `state_bytes`, or what `splits` counts."""
+    x_label: str
+    """With its unit."""
+    metric: str
+    log_x: int = 0
+    """Base of the horizontal scale; 0 for a linear one. Base 2 marks the tried values, any other its own powers."""
+    log_y: bool = False
+    rows: str = ""
+    """A setting that gets a row of panels for each of its values."""
+    joined: tuple[str, ...] = ()
+    """Settings, without their model's name, whose values one curve may run through: the first of them that varies for a model."""
+    splits: Mapping[str, float] = field(default_factory=dict)
+    """Where the horizontal axis runs over splits of one cell: each split's place on it."""
+    note: str = ""
+    """What a reader must know beside it; printed below."""
+
+
+@dataclass(frozen=True)
 class Protocol:
     """What a suite fixes for everybody: its presets, its primary metric, how rows are compared."""
 
@@ -51,6 +76,8 @@ class Protocol:
     """Where runs pile up near 0 and 1: the value from which a run counts as solved; the table then shows median and range."""
     speed: bool = False
     """The metric is a speed or a size: rows of different devices never share a table."""
+    figures: tuple[Figure, ...] = ()
+    """What `plot` draws."""
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,21 @@ def _tolerance(note: str) -> float:
     return float(found[1]) if found else TOLERANCE
 
 
+def reproduced(row: Row, protocol: Protocol) -> float | None:
+    """What was published for a row's model, task, width, depth and metric, in the row's unit; None unless its preset repeats that."""
+    preset = protocol.presets.get(row.preset)
+    if preset is None or not preset.reproduces or row.protocol_version != protocol.version or row.split != "test":
+        return None
+    for line in published(protocol.name):
+        known = line["value"] and line["table"] in preset.reproduces and line["metric"] == row.metric and _same(line, row)
+        if known and line["layers"] in ("", str(row.settings["num_layers"])):
+            if line["unit"] == row.unit:
+                return float(line["value"])
+            if (row.unit, line["unit"]) == ("fraction", "%"):
+                return float(line["value"]) / 100
+    return None
+
+
 def published_table(rows: Sequence[Row], protocol: Protocol) -> Table | None:
     """All published values of the suite with our own and the verdict; None where nothing is published for it."""
     lines = published(protocol.name)

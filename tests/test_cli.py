@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
@@ -319,6 +320,49 @@ def test_published_values_come_with_a_verdict(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "not comparable because" in done.stdout
     assert "HazyResearch/zoology" in done.stdout
+
+
+KEPT = Path(__file__).parent.parent / "results"
+
+
+def test_plot_writes_figures_with_the_same_bytes_and_says_what_it_leaves_out(tmp_path):
+    pytest.importorskip("matplotlib")
+    written = []
+    for out in ("one", "two"):
+        done = bench("plot", "mqar", "--results", KEPT, "--out", out, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"{out}/mqar_smoke_v1_float32_state.png (and .svg, .csv)\n"
+        assert "note: no mqar_smoke_v1_float32_width: its rows give only d_model 64\n" in done.stderr
+        written.append({path.name: path.read_bytes() for path in (tmp_path / out).iterdir()})
+    assert sorted(written[0]) == [f"mqar_smoke_v1_float32_state.{kind}" for kind in ("csv", "png", "svg")]
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["mqar", "--results", "nowhere"], "no rows of mqar in nowhere: run suite=mqar first"),
+        (["mqar", "--results", str(KEPT), "--preset", "paper"], "no rows of mqar preset paper"),
+        (["mqar", "--preset", "smoek"], "Did you mean 'smoke'?"),
+        (["mqra"], "Did you mean 'mqar'?"),
+        (["mqar", "--results", str(KEPT), "--out", "file/inside"], "cannot write figures to file/inside"),
+    ],
+)
+def test_plot_refuses_bad_words_in_one_line(words, told, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text("in the way")
+    done = bench("plot", *words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_plot_without_matplotlib_is_one_line_with_the_install_command(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text('import sys; sys.modules["matplotlib"] = None')
+    done = bench("plot", "mqar", "--results", KEPT, cwd=tmp_path, env={"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])})
+    assert done.returncode == 2
+    assert done.stderr == 'error: plot needs matplotlib: pip install "matplotlib>=3.8"\n'
+    assert not list(tmp_path.glob("**/*.png"))
 
 
 def test_data_is_the_same_for_every_model_and_every_hash_seed(tmp_path):

@@ -11,11 +11,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("hgrn2_bench", "baselines", "suites")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-HEAVY = {"torch", "fla", "pandas", "scipy", "triton", "transformers", "numpy"}
+HEAVY = {"torch", "fla", "pandas", "scipy", "triton", "transformers", "numpy", "matplotlib"}
 OURS = {
     "ops": ("hgrn2_bench.ops", "hgrn2_bench.errors"),
     "tables": ("hgrn2_bench.results", "hgrn2_bench.protocol", "hgrn2_bench.render", "hgrn2_bench.lines"),
     "lines": ("hgrn2_bench.results", "hgrn2_bench.protocol", "hgrn2_bench.render"),
+    "figures": ("hgrn2_bench.results", "hgrn2_bench.protocol", "hgrn2_bench.render", "hgrn2_bench.lines", "hgrn2_bench.published"),
+    "drawing": ("hgrn2_bench.figures", "hgrn2_bench.render"),
     "render": (),
     "results": (),
     "provenance": (),
@@ -35,6 +37,8 @@ LIGHT = (
     "tables",
     "render",
     "published",
+    "figures",
+    "drawing",
     "provenance",
     "cells",
     "executor",

@@ -9,7 +9,7 @@ import torch
 
 from hgrn2_bench import engine, registry
 from hgrn2_bench.cells import CellFolder
-from hgrn2_bench.plan import make_plan
+from hgrn2_bench.plan import make_plan, sections
 from hgrn2_bench.render import render
 from hgrn2_bench.results import Row, parse_row
 from hgrn2_bench.tables import make_tables
@@ -38,6 +38,19 @@ def test_protocol_is_complete(suite):
         assert preset.tasks
     for name in ("test", "smoke", "paper"):
         assert make_plan([f"suite={suite}", f"preset={name}"], "cpu").cells
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_figures_name_what_rows_have(suite):
+    protocol = registry.protocol(suite)
+    keys = {field.name for schema in sections(protocol).values() for field in dataclasses.fields(schema)}
+    own = {field.name for model in registry.models().values() for field in dataclasses.fields(model.settings)}
+    assert len({figure.name for figure in protocol.figures}) == len(protocol.figures)
+    for figure in protocol.figures:
+        assert figure.splits or figure.x in keys | {field.name for field in dataclasses.fields(Row)}
+        assert not figure.splits or "test" in figure.splits
+        assert figure.rows in keys | {""}
+        assert set(figure.joined) <= keys | own
 
 
 @pytest.mark.parametrize("suite", SUITES)

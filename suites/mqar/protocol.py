@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from hgrn2_bench.config import choice, require
 from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.protocol import Protocol
+from hgrn2_bench.protocol import Figure, Protocol
 from suites.mqar.presets import PRESETS
 
 MAX_POWER_A = 10.0
@@ -192,6 +192,42 @@ def name_task(config: MQARConfig) -> str:
     return f"len{config.seq_len}_kv{config.num_pairs}{fill}{power}"
 
 
+FIGURES = (
+    Figure("width", "accuracy against width", x="d_model", x_label="width d_model (features)", metric="accuracy", log_x=2),
+    Figure("lr", "accuracy against learning rate", x="lr", x_label="learning rate", metric="accuracy", log_x=10, rows="d_model"),
+    Figure(
+        "length",
+        "accuracy beyond the training length",
+        x="length",
+        x_label="length (multiple of the training length)",
+        metric="accuracy",
+        log_x=2,
+        rows="d_model",
+        splits={"test": 1, "test_len2x": 2, "test_len4x": 4, "test_len8x": 8},
+        note="the number of pairs is that of training",
+    ),
+    Figure(
+        "pairs",
+        "accuracy beyond the training number of pairs",
+        x="pairs",
+        x_label="pairs (multiple of the training number)",
+        metric="accuracy",
+        log_x=2,
+        rows="d_model",
+        splits={"test": 1, "test_kv2x": 2, "test_kv4x": 4, "test_kv8x": 8},
+        note="the length is that of training where the pairs fit, else the shortest that holds them",
+    ),
+    Figure(
+        "state",
+        "accuracy against memory",
+        x="state_bytes",
+        x_label="state of one sequence at its end (bytes)",
+        metric="accuracy",
+        log_x=10,
+        joined=("expand_ratio", "expand_k", "expand_v", "expand", "d_state", "head_dim", "num_heads", "d_model"),
+    ),
+)
+
 PROTOCOL = Protocol(
     name="mqar",
     version=1,
@@ -203,4 +239,5 @@ PROTOCOL = Protocol(
     presets=PRESETS,
     budget=("train_examples",),
     solved=0.99,  # Zoology's early-stopping threshold
+    figures=FIGURES,
 )

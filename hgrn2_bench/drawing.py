@@ -244,10 +244,10 @@ def _look(style: Style) -> dict[str, Any]:
 
 
 def _published(ax: "Axes", curve: Curve, style: Style, moved: "Transform") -> None:
-    known = [point for point in curve.points if point.published is not None]
+    known = [(point.x, point.published) for point in curve.points if point.published is not None]
     hollow: dict[str, Any] = {"markersize": PUBLISHED, "markerfacecolor": "none", "linestyle": "none", "color": style.colour, "zorder": 4}
     if known:
-        ax.plot([p.x for p in known], [p.published for p in known], marker=style.marker, transform=moved, **hollow)
+        ax.plot([x for x, _ in known], [y for _, y in known], marker=style.marker, transform=moved, **hollow)
 
 
 def _crosses(ax: "Axes", panel: Panel, styles: Mapping[str, Style]) -> None:

@@ -477,7 +477,7 @@ OUTER = [f.name for f in dataclasses.fields(Cell) if f.name not in (*SECTIONS, "
 def test_a_key_changes_with_every_setting(section, name):
     old = getattr(BASE, section)
     choices = type(old).__dataclass_fields__[name].metadata.get("choices")
-    with_it = {"seq_len": 1024, "num_pairs": 256} if name == "mixture" else {}
+    with_it = {"seq_len": 1024, "num_pairs": 256, "vocab_size": 8192} if name == "mixture" else {}
     same = dataclasses.replace(BASE, **{section: dataclasses.replace(old, **with_it)})
     new = dataclasses.replace(old, **{name: changed(getattr(old, name), choices)}, **with_it)
     assert same.key != dataclasses.replace(BASE, **{section: new}).key

@@ -54,6 +54,8 @@ def log_decay_of(inputs: families.OpInputs) -> Tensor | None:
             return inputs.log_f_BTHK
         case families.ScalarDecayInputs() | families.DeltaInputs():
             return inputs.log_f_BTH
+        case families.SlotInputs():
+            return inputs.log_f_BTHM
         case families.DiagonalInputs():
             return inputs.log_a_BTD
         case families.SelectiveInputs():

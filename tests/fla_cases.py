@@ -20,7 +20,16 @@ from torch import Tensor
 
 from hgrn2_bench.ops import families
 from hgrn2_bench.ops import fla as adapter
-from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalInputs, DiagonalLowRankInputs, OpInputs, ScalarDecayInputs, State
+from hgrn2_bench.ops.families import (
+    DecayInputs,
+    DeltaInputs,
+    DiagonalInputs,
+    DiagonalLowRankInputs,
+    OpInputs,
+    ScalarDecayInputs,
+    SlotInputs,
+    State,
+)
 
 Case = tuple[OpInputs, State | None]
 
@@ -95,6 +104,28 @@ def low_rank_case(
     return DiagonalLowRankInputs(q, k, v, a, b, log_f_BTHK, scale=0.7, least_log_f=least), state
 
 
+def slot_case(
+    T: int,
+    K: int = 16,
+    V: int | None = None,
+    M: int = 16,
+    dtype: torch.dtype = torch.float32,
+    start: bool = True,
+    rate: float = 1.0,
+    drops: tuple[int, ...] = (),
+    B: int = 2,
+) -> Case:
+    """Inputs of M gated slots: a log decay per slot times `rate`, -60 at the steps `drops`; the slots take what they have forgotten."""
+    H, V = 2, K if V is None else V
+    torch.manual_seed(0)
+    q_BTHK, k_BTHK, v_BTHV = torch.randn(B, T, H, K), torch.randn(B, T, H, K), torch.randn(B, T, H, V)
+    log_f_BTHM = rate * F.logsigmoid(torch.randn(B, T, H, M) + 2)
+    log_f_BTHM[:, list(drops)] = -60.0
+    state = (torch.randn(B, H, M, K), torch.randn(B, H, M, V)) if start else None
+    q, k, v, s = (x.to(dtype) for x in (q_BTHK, k_BTHK, v_BTHV, -torch.expm1(log_f_BTHM)))
+    return SlotInputs(q, k, v, s, log_f_BTHM, scale=0.3), state
+
+
 def diagonal_case(
     T: int,
     D: int = 24,
@@ -140,6 +171,13 @@ CASES: dict[str, Callable[[], Case]] = {
     "diagonal_low_rank T=35 strong decay": partial(low_rank_case, 35, drops=(0, 9, 10, 11, 34)),
     "diagonal_low_rank T=20 K=24 V=8": partial(low_rank_case, 20, K=24, V=8),
     "diagonal_low_rank T=70 bounded float16": partial(low_rank_case, 70, bounded=True, dtype=torch.float16),
+    "gated_slots T=17": partial(slot_case, 17, B=1),
+    "gated_slots T=65 from zero": partial(slot_case, 65, start=False, B=1),
+    "gated_slots T=100 strong decay": partial(slot_case, 100, drops=(0, 9, 64), B=1),
+    "gated_slots T=100 long memory M=24": partial(slot_case, 100, rate=1e-3, M=24, B=1),
+    "gated_slots T=65 K=V=M=8": partial(slot_case, 65, K=8, M=8, B=1),
+    "gated_slots T=65 K=24 V=8 M=3": partial(slot_case, 65, K=24, V=8, M=3, B=1),
+    "gated_slots T=65 float16": partial(slot_case, 65, dtype=torch.float16, B=1),
     "diagonal_scan T=17": partial(diagonal_case, 17),
     "diagonal_scan T=65 from zero": partial(diagonal_case, 65, start=False),
     "diagonal_scan T=100 strong decay": partial(diagonal_case, 100, drops=(0, 9, 99)),
@@ -152,7 +190,7 @@ CASES: dict[str, Callable[[], Case]] = {
 
 def errors(inputs: OpInputs, state: State | None, gradients: bool = True) -> dict[str, float]:
     """||fla - reference|| / ||reference|| of the output, the final state and the gradient of every input; the reference runs in float64."""
-    want = results(to(inputs, wide), None if state is None else (wide(state[0]),), "reference", gradients)
+    want = results(to(inputs, wide), None if state is None else tuple(map(wide, state)), "reference", gradients)
     got = results(inputs, state, "fla", gradients)
     for name, tensor in want.items():
         assert got[name].shape == tensor.shape, f"{name}: shape {tuple(got[name].shape)}, expected {tuple(tensor.shape)}"
@@ -160,13 +198,16 @@ def errors(inputs: OpInputs, state: State | None, gradients: bool = True) -> dic
 
 
 def results(inputs: OpInputs, state: State | None, backend: str, gradients: bool = True) -> dict[str, Tensor]:
-    """Output `o`, final state `final`, and the gradients of a random weighting of both, named as the inputs are; `start` is the state's."""
+    """Output `o`, final state `final`, and the gradients of a random weighting of both, named as the inputs are; `start` is the state's.
+
+    The second tensor of a state is `final1` and `start1`.
+    """
     leaves = {f.name: leaf(x) for f in fields(inputs) if isinstance(x := getattr(inputs, f.name), Tensor)}
-    start = {} if state is None else {"start": leaf(state[0])}
+    start = {f"start{i or ''}": leaf(x) for i, x in enumerate(state or ())}
     with torch.set_grad_enabled(gradients):
-        o, (final,) = families.run(replace(inputs, **leaves), backend, tuple(start.values()) or None)
-        loss = weighted(o, seed=1) + weighted(final, seed=2)
-    found = {"o": o.detach(), "final": final.detach()}
+        o, final = families.run(replace(inputs, **leaves), backend, tuple(start.values()) or None)
+        loss = weighted(o, seed=1) + sum(weighted(x, seed=2 + i) for i, x in enumerate(final))
+    found = {"o": o.detach()} | {f"final{i or ''}": x.detach() for i, x in enumerate(final)}
     if gradients:
         named = leaves | start
         found |= {f"d{name}": grad for name, grad in zip(named, torch.autograd.grad(loss, list(named.values())), strict=True)}

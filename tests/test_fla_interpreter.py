@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fla_cases import CASES, decay_case, delta_case, diagonal_case, low_rank_case
+from fla_cases import CASES, decay_case, delta_case, diagonal_case, low_rank_case, slot_case
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.ops import families, fla
@@ -79,6 +79,8 @@ def test_refused_gradient_reaches_the_caller(report: dict[str, Any]) -> None:
         (low_rank_case(5, bounded=True)[0], "fla.chunk_dplr_delta_rule (chunks of 16)"),  # float32
         (low_rank_case(5, bounded=True, dtype=torch.bfloat16)[0], "fla.chunk_dplr_delta_rule (log f >= -0.6065)"),
         (low_rank_case(5, K=8, V=16)[0], "fla.chunk_dplr_delta_rule (chunks of 16, K padded 8 to 16)"),
+        (slot_case(5)[0], "fla.chunk_gsa"),
+        (slot_case(5, K=8, V=16, M=5)[0], "fla.chunk_gsa (K padded 8 to 16, slots repeated 4 times)"),
         (diagonal_case(5)[0], "fla.fused_recurrent_hgrn"),
         (diagonal_case(5, phase="token")[0], "fla.fused_recurrent_hgrn (complex channels as pairs of real ones)"),
         (families.SoftmaxInputs(*torch.zeros(3, 1, 5, 1, 8), scale=1.0), "torch.scaled_dot_product_attention"),
@@ -96,7 +98,7 @@ def test_selective_scan_is_refused_by_name() -> None:
         families.run(inputs, "fla")
 
 
-@pytest.mark.parametrize("make", [decay_case, delta_case, low_rank_case, diagonal_case])
+@pytest.mark.parametrize("make", [decay_case, delta_case, low_rank_case, slot_case, diagonal_case])
 def test_missing_fla_names_the_fix(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "fla"]:
         monkeypatch.delitem(sys.modules, name)

@@ -19,6 +19,7 @@ from hgrn2_bench.ops.families import (
     DiagonalLowRankInputs,
     ScalarDecayInputs,
     SelectiveInputs,
+    SlotInputs,
     SoftmaxInputs,
     State,
 )
@@ -30,7 +31,9 @@ EXACT = 1e-11
 SINGLE = 2e-5
 """float32 against float64; seen: 5e-6, in sums of 130 steps without decay."""
 
-Inputs = DecayInputs | ScalarDecayInputs | DeltaInputs | DiagonalLowRankInputs | DiagonalInputs | SelectiveInputs | SoftmaxInputs
+Inputs = (
+    DecayInputs | ScalarDecayInputs | DeltaInputs | DiagonalLowRankInputs | SlotInputs | DiagonalInputs | SelectiveInputs | SoftmaxInputs
+)
 Case = tuple[Inputs, State]
 Decay = Callable[[Tensor], Tensor]
 
@@ -91,6 +94,14 @@ def low_rank_case(T: int, decay: Decay = gate, K: int = 8, least: float | None =
     return DiagonalLowRankInputs(q, k, v, a, b, log_f, scale=0.7, least_log_f=least), state
 
 
+def slot_case(T: int, decay: Decay = gate, M: int = 8) -> Case:
+    K = 7
+    q, k, v = (torch.randn(B, T, H, n, dtype=torch.float64) for n in (K, K, V))
+    s, logit = torch.randn(2, B, T, H, M, dtype=torch.float64).unbind(0)
+    state = torch.randn(B, H, M, K, dtype=torch.float64), torch.randn(B, H, M, V, dtype=torch.float64)
+    return SlotInputs(q, k, v, s.sigmoid(), decay(logit), scale=0.3), state
+
+
 def diagonal_case(T: int, decay: Decay = gate, phase: str = "none") -> Case:
     dtype = torch.float64 if phase == "none" else torch.complex128
     theta = {"none": None, "channel": 6.28 * torch.rand(D).double(), "step": 6.28 * torch.rand(B, T, D).double()}[phase]
@@ -124,6 +135,9 @@ DECAYING: dict[str, Callable[..., Case]] = {
     "delta_rule K=64": partial(delta_case, K=64),
     "diagonal_low_rank K=8": low_rank_case,
     "diagonal_low_rank K=64": partial(low_rank_case, K=64),
+    "gated_slots M=1": partial(slot_case, M=1),
+    "gated_slots M=8": slot_case,
+    "gated_slots M=64": partial(slot_case, M=64),
     "diagonal_scan real": diagonal_case,
     "diagonal_scan angle per channel": partial(diagonal_case, phase="channel"),
     "diagonal_scan angle per step": partial(diagonal_case, phase="step"),
@@ -176,7 +190,7 @@ def results(inputs: Inputs, state: State | None, backend: str) -> dict[str, Tens
     inputs = change(inputs, lambda _, x: x.detach().requires_grad_())
     state = None if state is None else tuple(x.detach().requires_grad_() for x in state)
     o, final = families.run(inputs, backend, state)
-    found = {"o": o} | {f"final {i}": x for i, x in enumerate(final)}
+    found = named(o, final)
     generator = torch.Generator().manual_seed(1)
     loss = torch.zeros((), dtype=torch.float64)
     for x in found.values():
@@ -185,6 +199,10 @@ def results(inputs: Inputs, state: State | None, backend: str) -> dict[str, Tens
     leaves = tensors(inputs) | {f"initial {i}": x for i, x in enumerate(state or ())}
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     return {name: x.detach() for name, x in found.items()} | {f"d {name}": x for name, x in zip(leaves, gradients, strict=True)}
+
+
+def named(o: Tensor, final: State) -> dict[str, Tensor]:
+    return {"o": o} | {f"final {i}": x for i, x in enumerate(final)}
 
 
 def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
@@ -296,11 +314,11 @@ def test_bfloat16_inputs_keep_a_wide_state(make: Callable[..., Case], backend: s
 def test_autocast_does_not_lower_the_precision(make: Callable[..., Case]) -> None:
     inputs, state = make(65)
     inputs = change(inputs, lambda _, x: cast(x, torch.float32))
-    want, (want_final,) = families.run(inputs, "chunked", state)
+    want, want_final = families.run(inputs, "chunked", state)
     with torch.autocast("cpu", torch.bfloat16):
-        o, (final,) = families.run(inputs, "chunked", state)
+        o, final = families.run(inputs, "chunked", state)
     assert torch.equal(o, want)
-    assert torch.equal(final, want_final)
+    assert all(torch.equal(x, y) for x, y in zip(final, want_final, strict=True))
 
 
 def test_softmax_takes_mixed_dtypes_under_autocast() -> None:
@@ -336,7 +354,7 @@ def test_two_calls_joined_by_the_state_equal_one(make: Callable[..., Case], cut:
     o, final = families.run(inputs, backend, state)
     o_first, middle = families.run(steps(inputs, slice(0, cut)), backend, state)
     o_second, final_second = families.run(steps(inputs, slice(cut, None)), backend, middle)
-    assert_equal({"o": torch.cat([o_first, o_second], 1), "final": final_second[0]}, {"o": o, "final": final[0]}, EXACT)
+    assert_equal(named(torch.cat([o_first, o_second], 1), final_second), named(o, final), EXACT)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -344,10 +362,10 @@ def test_two_calls_joined_by_the_state_equal_one(make: Callable[..., Case], cut:
 def test_masked_leaves_the_state_at_the_true_length(make: Callable[..., Case], backend: str) -> None:
     inputs, state = make(80)
     lengths_B = torch.tensor([0, 37])
-    o, (final,) = families.run(inputs.masked(lengths_B), backend, state)
-    o_short, (final_short,) = families.run(steps(inputs, slice(0, 37)), backend, state)
-    want = torch.stack([state[0][0], final_short[1]])
-    assert_equal({"final": final, "o": o[1, :37]}, {"final": want, "o": o_short[1]}, EXACT)
+    o, final = families.run(inputs.masked(lengths_B), backend, state)
+    o_short, final_short = families.run(steps(inputs, slice(0, 37)), backend, state)
+    want = tuple(torch.stack([start[0], short[1]]) for start, short in zip(state, final_short, strict=True))
+    assert_equal(named(o[1, :37], final), named(o_short[1], want), EXACT)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])

@@ -3,7 +3,7 @@
 The matrix-state families work chunk by chunk: inside a chunk all pairs of steps at once as masked attention, between chunks one
 update of the state per chunk (GLA, arXiv 2312.06635, section 4). The elementwise families run the scans of `scans`.
 
-Shape letters: B batch, T time, H heads, K key, V value, D channels, N states per channel;
+Shape letters: B batch, T time, H heads, K key, V value, D channels, N states per channel, or slots per head;
 c chunks, M = B x H rows, L steps per chunk.
 """
 
@@ -23,10 +23,14 @@ from hgrn2_bench.ops.families import (
     DiagonalLowRankInputs,
     ScalarDecayInputs,
     SelectiveInputs,
+    SlotInputs,
     SoftmaxInputs,
     State,
 )
 from hgrn2_bench.ops.scans import LOG2E, DiagonalScan, SelectiveScan, scan_rows
+
+_LIMITS = {torch.float32: (64, -30.0), torch.float64: (32, -60.0)}
+"""Steps of the longest chunk, and the least log2 f of a step; half a chunk of it is at most 960, see `_PerChannelDecay`."""
 
 
 def per_channel_decay(inputs: DecayInputs, state: State | None) -> tuple[Tensor, State]:
@@ -37,7 +41,7 @@ def per_channel_decay(inputs: DecayInputs, state: State | None) -> tuple[Tensor,
         return reference.per_channel_decay(inputs, state)  # a single step has nothing to gain from a chunk
     if K == 1:
         return _one_key(inputs, state, dtype)
-    longest, floor = (64, -30.0) if dtype == torch.float32 else (32, -60.0)
+    longest, floor = _LIMITS[dtype]
     L = _chunk_length(T, K, longest)
     q, k, v, log_f = (_chunks(x.to(dtype), L) for x in (inputs.q_BTHK * inputs.scale, inputs.k_BTHK, inputs.v_BTHV, inputs.log_f_BTHK))
     S0 = None if state is None else state[0].to(dtype).flatten(0, 1)
@@ -123,6 +127,27 @@ def diagonal_low_rank(inputs: DiagonalLowRankInputs, state: State | None) -> tup
     return _unchunk(o, B, T).to(inputs.v_BTHV.dtype), (S.unflatten(0, (B, H)),)
 
 
+def gated_slots(inputs: SlotInputs, state: State | None) -> tuple[Tensor, State]:
+    """o_t = slots_v_t^T softmax(scale slots_k_t q_t) over slots that decay one by one; shapes as in `SlotInputs`.
+
+    Two passes (arXiv 2409.07146, section 3.2): the scores of the slots, then the softmax reads the values as the queries of a
+    per-channel decay whose keys are the writing strengths s.
+    """
+    given = (inputs.q_BTHK, inputs.k_BTHK, inputs.v_BTHV, inputs.s_BTHM, inputs.log_f_BTHM)
+    dtype = reference.wide_dtype(*given)
+    B, T, H, N = inputs.s_BTHM.shape
+    if T == 1:
+        return reference.gated_slots(inputs, state)  # a single step has nothing to gain from a chunk
+    longest, floor = _LIMITS[dtype]
+    L = _chunk_length(T, N, longest)
+    q, k, v, s, log_f = (_chunks(x.to(dtype), L) for x in given)
+    k0, v0 = (None, None) if state is None else (x.to(dtype).flatten(0, 1) for x in state)
+    with torch.autocast(v.device.type, enabled=False):
+        scores, slots_k = _slot_scores(q * inputs.scale, k, s, log_f, k0, floor)
+        o, slots_v = _PerChannelDecay.apply(scores.softmax(-1), s, v, log_f, v0, floor)
+    return _unchunk(o, B, T).to(inputs.v_BTHV.dtype), (slots_k.unflatten(0, (B, H)), slots_v.unflatten(0, (B, H)))
+
+
 def diagonal_scan(inputs: DiagonalInputs, state: State | None) -> tuple[Tensor, State]:
     """h_t = exp(log_a_t + i theta_t) h_{t-1} + x_t, o_t = h_t; shapes as in `DiagonalInputs`."""
     dtype = reference.wide_dtype(inputs.x_BTD, inputs.log_a_BTD)
@@ -167,6 +192,25 @@ def _one_key(inputs: DecayInputs, state: State | None, dtype: torch.dtype) -> tu
     S_TBHV = DiagonalScan.apply(log_f, None, k * v, None if state is None else state[0].squeeze(2).to(dtype))
     o_BTHV = (inputs.scale * q * S_TBHV).transpose(0, 1)
     return o_BTHV.to(inputs.v_BTHV.dtype), (S_TBHV[-1, :, :, None].clone(),)
+
+
+def _slot_scores(q: Tensor, k: Tensor, s: Tensor, log_f: Tensor, S0: Tensor | None, floor: float) -> tuple[Tensor, Tensor]:
+    """S_t q_t (c, M, L, N) and the final S (M, N, K), where S_t = diag(f_t) S_{t-1} + s_t k_t^T; all of (c, M, L, ...), S0 as S.
+
+    The decay belongs to what is read, not to the scores of the pairs of steps: inside a chunk 2^G ((q k^T) (s 2^-G)), in float64 and
+    with G from the middle of the chunk as in `_PerChannelDecay`. The middle cancels, so it takes no gradient; and no division, whose
+    derivative would square 2^-G.
+    """
+    G = (log_f.double() * LOG2E).clamp(min=floor).cumsum(2)
+    middle = G[:, :, G.shape[2] // 2, None].detach()
+    decay, s_out = (G - middle).exp2(), s * (middle - G).exp2()
+    scores = decay * _bmm(_bmm(q, k.mT).tril().double(), s_out)
+    S = _bmm((s_out * decay[:, :, -1:]).to(q.dtype).mT, k)
+    if len(S) > 1 or S0 is not None:
+        S0 = torch.zeros_like(S[0]) if S0 is None else S0
+        S = DiagonalScan.apply(G[:, :, -1:].mT.to(q.dtype) / LOG2E, None, S, S0)
+        scores = scores + decay * middle.exp2() * _bmm(q, torch.cat([S0[None], S[:-1]]).mT)
+    return scores.to(q.dtype), S[-1].clone()
 
 
 def _log2_decays(log_f_BTH: Tensor, L: int) -> Tensor:

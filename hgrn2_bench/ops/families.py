@@ -1,6 +1,6 @@
 """One record of inputs per recurrence family, and the one place that runs them on a backend.
 
-Shape letters: B batch, T time, H heads, K key, V value, D channels, N states per channel.
+Shape letters: B batch, T time, H heads, K key, V value, M slots, D channels, N states per channel.
 Every implementation module (`reference`, `chunked`, `fla`) has one function per family, named as the record's `family`:
 `f(inputs, state) -> (outputs, final state)`, where a state is a tuple of tensors and None means the start (zeros, or an empty cache).
 Recurrent states are fp32 or wider.
@@ -112,6 +112,28 @@ class DiagonalLowRankInputs:
         """Zero k, b and log decay at the padding."""
         k_BTHK, b_BTHK = zero_padding(self.k_BTHK, lengths_B), zero_padding(self.b_BTHK, lengths_B)
         return replace(self, k_BTHK=k_BTHK, b_BTHK=b_BTHK, log_f_BTHK=zero_padding(self.log_f_BTHK, lengths_B))
+
+
+@dataclass(frozen=True)
+class SlotInputs:
+    """Gated slots (GSA): keys and values are written into M slots per head, and a query reads the values by softmax over the slots.
+
+    slots_k_t = diag(exp(log_f_t)) slots_k_{t-1} + s_t k_t^T, slots_v_t = diag(exp(log_f_t)) slots_v_{t-1} + s_t v_t^T,
+    o_t = slots_v_t^T softmax(scale * slots_k_t q_t); state (slots_k_BHMK, slots_v_BHMV). `s_BTHM` is normally 1 - exp(log_f).
+    """
+
+    q_BTHK: Tensor
+    k_BTHK: Tensor
+    v_BTHV: Tensor
+    s_BTHM: Tensor
+    log_f_BTHM: Tensor
+    scale: float = 1.0
+    skip: Tensor | None = None
+    family: ClassVar[str] = "gated_slots"
+
+    def masked(self, lengths_B: Tensor) -> "SlotInputs":
+        """Zero writing strength and log decay at the padding."""
+        return replace(self, s_BTHM=zero_padding(self.s_BTHM, lengths_B), log_f_BTHM=zero_padding(self.log_f_BTHM, lengths_B))
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,19 @@ from torch import Tensor
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.ops.chunked import softmax as softmax  # torch's own attention kernel on every backend
-from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalInputs, DiagonalLowRankInputs, OpInputs, ScalarDecayInputs, State
+from hgrn2_bench.ops.families import (
+    DecayInputs,
+    DeltaInputs,
+    DiagonalInputs,
+    DiagonalLowRankInputs,
+    OpInputs,
+    ScalarDecayInputs,
+    SlotInputs,
+    State,
+)
 
-# Triton multiplies matrices of at least 16 rows and columns; smaller heads are padded with zeros, which changes no result.
+# Triton multiplies matrices of at least 16 rows and columns; smaller heads are padded with zeros, which changes no result. Fewer slots
+# are repeated: an empty slot would take its share of the softmax, while r equal ones share what one had.
 MIN_HEAD_DIM = 16
 
 MatrixInputs = DecayInputs | ScalarDecayInputs | DeltaInputs | DiagonalLowRankInputs
@@ -29,6 +39,7 @@ _KERNELS = {
     "delta_rule": ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule"),
     "delta_rule without decay": ("fla.ops.delta_rule", "chunk_delta_rule"),
     "diagonal_low_rank": ("fla.ops.generalized_delta_rule", "chunk_dplr_delta_rule"),
+    "gated_slots": ("fla.ops.gsa", "chunk_gsa"),
     "diagonal_scan": ("fla.ops.hgrn", "fused_recurrent_hgrn"),
 }
 
@@ -65,6 +76,24 @@ def diagonal_low_rank(inputs: DiagonalLowRankInputs, state: State | None) -> tup
     return _matrix_state(inputs, (a, b, _padded(inputs.log_f_BTHK.float(), 1)), state, lower_bound=_tensor_core_bound(inputs))
 
 
+def gated_slots(inputs: SlotInputs, state: State | None) -> tuple[Tensor, State]:
+    """GSA's chunk kernel (arXiv 2409.07146): o (B, T, H, V), state (slots_k_BHMK, slots_v_BHMV) in fp32."""
+    K, V, M, dtype = inputs.k_BTHK.shape[-1], inputs.v_BTHV.shape[-1], inputs.s_BTHM.shape[-1], inputs.v_BTHV.dtype
+    copies = -(-MIN_HEAD_DIM // M)
+    slots = None if state is None else [_padded(x.float(), 1).repeat(1, 1, copies, 1) for x in state]
+    o_BTHV, (slots_k_BHKM, slots_v_BHMV) = _kernel(inputs.family)(
+        _padded(inputs.q_BTHK.to(dtype), 1),
+        _padded(inputs.k_BTHK.to(dtype), 1),
+        _padded(inputs.v_BTHV, 1),
+        inputs.s_BTHM.to(dtype).repeat(1, 1, 1, copies),
+        inputs.log_f_BTHM.float().repeat(1, 1, 1, copies),
+        scale=inputs.scale,
+        initial_state=None if slots is None else (slots[0].mT, slots[1]),
+        output_final_state=True,
+    )
+    return o_BTHV[..., :V], (slots_k_BHKM.mT[:, :, :M, :K], slots_v_BHMV[:, :, :M, :V])
+
+
 def diagonal_scan(inputs: DiagonalInputs, state: State | None) -> tuple[Tensor, State]:
     """HGRN's recurrent kernel (arXiv 2311.04823): o (B, T, D), state (h_BD,) in fp32 or complex64.
 
@@ -91,10 +120,12 @@ def kernel_name(inputs: OpInputs) -> str:
     if isinstance(inputs, DiagonalLowRankInputs):
         bound = _tensor_core_bound(inputs)
         notes = ["chunks of 16" if bound is None else f"log f >= {bound:.4g}"]
-    if isinstance(inputs, MatrixInputs):
+    if isinstance(inputs, MatrixInputs | SlotInputs):
         sizes = {"K": inputs.k_BTHK.shape[-1], "V": inputs.v_BTHV.shape[-1]}
         notes += [f"{letter} padded {size} to {MIN_HEAD_DIM}" for letter, size in sizes.items() if size < MIN_HEAD_DIM]
-    elif isinstance(inputs, DiagonalInputs) and inputs.theta is not None:
+    if isinstance(inputs, SlotInputs) and inputs.s_BTHM.shape[-1] < MIN_HEAD_DIM:
+        notes.append(f"slots repeated {-(-MIN_HEAD_DIM // inputs.s_BTHM.shape[-1])} times")
+    if isinstance(inputs, DiagonalInputs) and inputs.theta is not None:
         notes = ["complex channels as pairs of real ones"]
     name = f"fla.{_KERNELS[entry][1]}"
     return f"{name} ({', '.join(notes)})" if notes else name

@@ -3,7 +3,7 @@
 Computed in float32, or in float64 where any input is float64; outputs take the dtype of v (or x), states stay wide, except
 that the cache of softmax keeps the dtype of its keys and values. Plain autograd, no tricks: slow, and easy to check by eye.
 
-Shape letters: B batch, T time, S cached plus new time, H heads, K key, V value, D channels, N states per channel.
+Shape letters: B batch, T time, S cached plus new time, H heads, K key, V value, M slots, D channels, N states per channel.
 """
 
 import torch
@@ -17,6 +17,7 @@ from hgrn2_bench.ops.families import (
     DiagonalLowRankInputs,
     ScalarDecayInputs,
     SelectiveInputs,
+    SlotInputs,
     SoftmaxInputs,
     State,
 )
@@ -83,6 +84,25 @@ def diagonal_low_rank(inputs: DiagonalLowRankInputs, state: State | None) -> tup
         S_BHKV = f_BHK[..., None] * S_BHKV + b_BHK[..., None] * recalled_BHV[..., None, :] + k_BHK[..., None] * v_BHV[..., None, :]
         o.append(inputs.scale * (q_BHK[..., None] * S_BHKV).sum(-2))
     return torch.stack(o, 1).to(inputs.v_BTHV.dtype), (S_BHKV,)
+
+
+def gated_slots(inputs: SlotInputs, state: State | None) -> tuple[Tensor, State]:
+    """slots_k_t = diag(f_t) slots_k_{t-1} + s_t k_t^T, slots_v_t alike, o_t = slots_v_t^T softmax(scale slots_k_t q_t).
+
+    Gated Slot Attention, arXiv 2409.07146, section 3.
+    """
+    dtype = wide_dtype(inputs.q_BTHK, inputs.k_BTHK, inputs.v_BTHV, inputs.s_BTHM, inputs.log_f_BTHM)
+    q, k, v, s = (x.to(dtype) for x in (inputs.q_BTHK, inputs.k_BTHK, inputs.v_BTHV, inputs.s_BTHM[..., None]))
+    f = inputs.log_f_BTHM.to(dtype).exp()[..., None]
+    B, _, H, M, _ = f.shape
+    slots_k_BHMK, slots_v_BHMV = (q.new_zeros(B, H, M, x.shape[-1]) for x in (k, v)) if state is None else (x.to(dtype) for x in state)
+    o = []
+    for q_BHK, k_BHK, v_BHV, s_BHM1, f_BHM1 in zip(*(x.unbind(1) for x in (q, k, v, s, f)), strict=True):
+        slots_k_BHMK = f_BHM1 * slots_k_BHMK + s_BHM1 * k_BHK[..., None, :]
+        slots_v_BHMV = f_BHM1 * slots_v_BHMV + s_BHM1 * v_BHV[..., None, :]
+        p_BHM = (inputs.scale * (slots_k_BHMK * q_BHK[..., None, :]).sum(-1)).softmax(-1)
+        o.append((p_BHM[..., None] * slots_v_BHMV).sum(-2))
+    return torch.stack(o, 1).to(inputs.v_BTHV.dtype), (slots_k_BHMK, slots_v_BHMV)
 
 
 def diagonal_scan(inputs: DiagonalInputs, state: State | None) -> tuple[Tensor, State]:

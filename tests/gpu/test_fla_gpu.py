@@ -12,7 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of fla_cases, where pytest was given this folder alone
-from fla_cases import Case, autotuners, decay_case, delta_case, diagonal_case, errors, low_rank_case, results, to
+from fla_cases import Case, autotuners, decay_case, delta_case, diagonal_case, errors, low_rank_case, results, slot_case, to
 
 from hgrn2_bench.ops import families, fla
 from hgrn2_bench.ops.families import DecayInputs, ScalarDecayInputs
@@ -30,6 +30,7 @@ FAMILIES: dict[str, Callable[..., Case]] = {
     "delta_rule": delta_case,
     "delta_rule without decay": partial(delta_case, decays=False),
     "diagonal_low_rank": low_rank_case,
+    "gated_slots": slot_case,
     "diagonal_scan": diagonal_case,
 }
 TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 2e-2}  # fp32 matrix products run in tf32
@@ -51,14 +52,14 @@ def no_tuning() -> Iterator[None]:
 
 def on_gpu(case: Case) -> Case:
     inputs, state = case
-    return to(inputs, torch.Tensor.cuda), None if state is None else (state[0].cuda(),)
+    return to(inputs, torch.Tensor.cuda), None if state is None else tuple(x.cuda() for x in state)
 
 
 def has_gradient(family: str) -> bool:
     """Whether fla gives the gradient: on Hopper it refuses those of one decay per head with the Triton versions that miscompile them."""
     triton = tuple(int(part) for part in version("triton").split(".")[:3])
     refused = torch.cuda.get_device_capability()[0] == 9 and (3, 4) <= triton < (3, 7, 1) and find_spec("tilelang") is None
-    return family in ("per_channel_decay", "diagonal_low_rank", "diagonal_scan") or not refused
+    return family in ("per_channel_decay", "diagonal_low_rank", "gated_slots", "diagonal_scan") or not refused
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
@@ -88,6 +89,13 @@ def test_head_dimension_8_is_padded(family: str) -> None:
     inputs, state = on_gpu(FAMILIES[family](100, 8))
     found = errors(inputs, state, gradients=has_gradient(family))
     assert fla.kernel_name(inputs).endswith("K padded 8 to 16, V padded 8 to 16)")
+    assert all(error < TOLERANCES[torch.float32] for error in found.values()), found
+
+
+def test_few_slots_are_repeated() -> None:
+    inputs, state = on_gpu(slot_case(100, 32, M=5))
+    found = errors(inputs, state)
+    assert fla.kernel_name(inputs) == "fla.chunk_gsa (slots repeated 4 times)"
     assert all(error < TOLERANCES[torch.float32] for error in found.values()), found
 
 

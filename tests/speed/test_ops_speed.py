@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from hgrn2_bench.ops import chunked, families, reference
-from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalLowRankInputs, SelectiveInputs, SoftmaxInputs
+from hgrn2_bench.ops.families import DecayInputs, DeltaInputs, DiagonalLowRankInputs, SelectiveInputs, SlotInputs, SoftmaxInputs
 
 ROUNDS = 12
 Call = Callable[[], object]
@@ -83,6 +83,14 @@ def test_diagonal_low_rank_is_faster_than_step_by_step() -> None:
     inputs = DiagonalLowRankInputs(q, k, v, -a, b.sigmoid() * a, least * logit.sigmoid(), least_log_f=least)
     steps = training_step(reference.diagonal_low_rank, inputs)
     assert ratio(training_step(chunked.diagonal_low_rank, inputs), steps) <= 1 / 1.5  # seen: 1 / 4.7
+
+
+def test_gated_slots_are_faster_than_step_by_step() -> None:
+    q, k, v, logits = torch.randn(4, 64, 64, 1, 64).unbind(0)
+    log_f = F.logsigmoid(logits)
+    inputs = SlotInputs(q, k, v, -torch.expm1(log_f), log_f, scale=0.125)
+    steps = training_step(reference.gated_slots, inputs)
+    assert ratio(training_step(chunked.gated_slots, inputs), steps) <= 1 / 2  # seen: 1 / 5
 
 
 def test_selective_scan_is_faster_than_step_by_step() -> None:

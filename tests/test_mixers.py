@@ -20,7 +20,7 @@ D, T = 32, 17
 LENGTHS = (1, 17, 65)
 MORE_FORMS = {"base_conv": [{"long": "odd"}]}
 """Settings that make another mixer of the same class; the case is layer 1."""
-GATES = ("log_f_BTHK", "log_f_BTH", "beta_BTH", "log_a_BTD", "dt_BTD", "A_DN", "a_BTHK", "b_BTHK")
+GATES = ("log_f_BTHK", "log_f_BTH", "log_f_BTHM", "s_BTHM", "beta_BTH", "log_a_BTD", "dt_BTD", "A_DN", "a_BTHK", "b_BTHK")
 
 
 def mixers() -> Iterator[tuple[str, type[Mixer]]]:
@@ -115,7 +115,7 @@ def assert_same_state(got: MixerState, want: MixerState, **tolerance: float) -> 
 
 def test_mixers_are_all_found() -> None:
     expected = {"hgrn2", "attention", "gla", "hgrn1", "mamba", "linear_attention", "retnet", "mamba2", "delta_net", "gated_delta_net"}
-    assert expected | {"rwkv6", "rwkv7", "based", "base_conv"} <= {name for name, _ in mixers()}
+    assert expected | {"rwkv6", "rwkv7", "gsa", "based", "base_conv"} <= {name for name, _ in mixers()}
 
 
 @pytest.mark.parametrize("length", LENGTHS)

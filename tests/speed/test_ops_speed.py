@@ -90,7 +90,7 @@ def test_gated_slots_are_faster_than_step_by_step() -> None:
     log_f = F.logsigmoid(logits)
     inputs = SlotInputs(q, k, v, -torch.expm1(log_f), log_f, scale=0.125)
     steps = training_step(reference.gated_slots, inputs)
-    assert ratio(training_step(chunked.gated_slots, inputs), steps) <= 1 / 2  # seen: 1 / 5
+    assert ratio(training_step(chunked.gated_slots, inputs), steps) <= 1 / 2  # seen: 1 / 4.6
 
 
 def test_selective_scan_is_faster_than_step_by_step() -> None:

@@ -161,6 +161,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "scalar_decay T=100 long memory": partial(decay_case, 100, scalar=True, rate=1e-3),
     "scalar_decay T=100 K=V=8": partial(decay_case, 100, K=8, scalar=True),
     "scalar_decay T=65 K=24 V=8": partial(decay_case, 65, K=24, V=8, scalar=True),
+    "scalar_decay T=65 K=17 V=33 float16": partial(decay_case, 65, K=17, V=33, scalar=True, dtype=torch.float16),
     "delta_rule T=65": partial(delta_case, 65),
     "delta_rule T=100 K=V=8 from zero": partial(delta_case, 100, K=8, start=False, B=1),
     "delta_rule T=100 strong decay": partial(delta_case, 100, drops=(0, 9, 64, 99), B=1),

@@ -71,6 +71,8 @@ def test_refused_gradient_reaches_the_caller(report: dict[str, Any]) -> None:
         (decay_case(5, K=8, V=16)[0], "fla.chunk_gla (K padded 8 to 16)"),
         (decay_case(5, K=8, V=4)[0], "fla.chunk_gla (K padded 8 to 16, V padded 4 to 16)"),
         (decay_case(5, scalar=True)[0], "fla.chunk_simple_gla"),
+        (decay_case(5, K=17, V=32, scalar=True)[0], "fla.chunk_simple_gla (K padded 17 to 18)"),
+        (decay_case(5, K=15, V=33, scalar=True)[0], "fla.chunk_simple_gla (K padded 15 to 16, V padded 33 to 34)"),
         (delta_case(5)[0], "fla.chunk_gated_delta_rule"),
         (delta_case(5, decays=False)[0], "fla.chunk_gated_delta_rule (no decay: chunk_delta_rule in half precision)"),
         (delta_case(5, decays=False, dtype=torch.bfloat16)[0], "fla.chunk_delta_rule"),

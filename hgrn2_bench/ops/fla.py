@@ -27,8 +27,9 @@ from hgrn2_bench.ops.families import (
     State,
 )
 
-# Triton multiplies matrices of at least 16 rows and columns; smaller heads are padded with zeros, which changes no result. Fewer slots
-# are repeated: an empty slot would take its share of the softmax, while r equal ones share what one had.
+# Triton multiplies matrices of at least 16 rows and columns, and in half precision fla refuses the gradient of a scalar decay where K or
+# V is odd: such heads are padded with zeros, which changes no result. Fewer slots are repeated: an empty slot would take its share of the
+# softmax, while r equal ones share what one had.
 MIN_HEAD_DIM = 16
 
 MatrixInputs = DecayInputs | ScalarDecayInputs | DeltaInputs | DiagonalLowRankInputs
@@ -122,7 +123,7 @@ def kernel_name(inputs: OpInputs) -> str:
         notes = ["chunks of 16" if bound is None else f"log f >= {bound:.4g}"]
     if isinstance(inputs, MatrixInputs | SlotInputs):
         sizes = {"K": inputs.k_BTHK.shape[-1], "V": inputs.v_BTHV.shape[-1]}
-        notes += [f"{letter} padded {size} to {MIN_HEAD_DIM}" for letter, size in sizes.items() if size < MIN_HEAD_DIM]
+        notes += [f"{letter} padded {size} to {_padded_size(size)}" for letter, size in sizes.items() if size != _padded_size(size)]
     if isinstance(inputs, SlotInputs) and inputs.s_BTHM.shape[-1] < MIN_HEAD_DIM:
         notes.append(f"slots repeated {-(-MIN_HEAD_DIM // inputs.s_BTHM.shape[-1])} times")
     if isinstance(inputs, DiagonalInputs) and inputs.theta is not None:
@@ -144,7 +145,7 @@ def _tensor_core_bound(inputs: DiagonalLowRankInputs) -> float | None:
 
 
 def _matrix_state(inputs: MatrixInputs, gates: tuple[Tensor, ...], state: State | None, **options: Any) -> tuple[Tensor, State]:
-    """Run a chunk kernel with the scale given, never the kernel's default, and every head dimension padded to the least it multiplies."""
+    """Run a chunk kernel with the scale given, never the kernel's default, and every head dimension padded to one that it takes."""
     K, V, dtype = inputs.k_BTHK.shape[-1], inputs.v_BTHV.shape[-1], inputs.v_BTHV.dtype
     o_BTHV, final_BHKV = _kernel(_entry(inputs))(
         _padded(inputs.q_BTHK.to(dtype), 1),
@@ -196,9 +197,14 @@ def _complex(parts: Tensor) -> Tensor:
     return torch.view_as_complex(parts.reshape(*parts.shape[:-1], -1, 2))
 
 
+def _padded_size(size: int) -> int:
+    """The least even head dimension from `MIN_HEAD_DIM` that holds `size`."""
+    return max(MIN_HEAD_DIM, size + size % 2)
+
+
 def _padded(x: Tensor, dims: int) -> Tensor:
-    """Zeros appended to each of the last `dims` dimensions that is under `MIN_HEAD_DIM`."""
-    missing = [max(0, MIN_HEAD_DIM - size) for size in x.shape[::-1][:dims]]
+    """Zeros appended to each of the last `dims` dimensions, up to its `_padded_size`."""
+    missing = [_padded_size(size) - size for size in x.shape[::-1][:dims]]
     return F.pad(x, [n for m in missing for n in (0, m)]) if any(missing) else x
 
 

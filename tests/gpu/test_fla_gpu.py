@@ -92,6 +92,15 @@ def test_head_dimension_8_is_padded(family: str) -> None:
     assert all(error < TOLERANCES[torch.float32] for error in found.values()), found
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "diagonal_scan"])
+def test_odd_head_dimensions_are_padded(family: str, dtype: torch.dtype) -> None:
+    inputs, state = on_gpu(FAMILIES[family](100, K=17, V=33, dtype=dtype))
+    found = errors(inputs, state, gradients=has_gradient(family))
+    assert "K padded 17 to 18, V padded 33 to 34" in fla.kernel_name(inputs)
+    assert all(error < TOLERANCES[dtype] for error in found.values()), found
+
+
 def test_few_slots_are_repeated() -> None:
     inputs, state = on_gpu(slot_case(100, 32, M=5))
     found = errors(inputs, state)

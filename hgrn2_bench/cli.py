@@ -180,7 +180,7 @@ def _print_plan(plan: "Plan", descriptions: dict[str, tuple[Any, str]], finished
     from tabulate import tabulate
 
     from hgrn2_bench.console import duration
-    from hgrn2_bench.plan import swept
+    from hgrn2_bench.plan import swept, written
     from hgrn2_bench.render import byte_count, count
     from hgrn2_bench.tuning import count as count_cells
 
@@ -193,7 +193,7 @@ def _print_plan(plan: "Plan", descriptions: dict[str, tuple[Any, str]], finished
         first, (about, fault) = cells[0], descriptions[cells[0].key]
         total = count_cells(cells, plan.protocol)
         left = min(total, sum(cell.key not in finished for cell in cells))
-        varied = ", ".join(f"{k}={v}" for k, v in settings[first.key].items())
+        varied = ", ".join(f"{k}={written(v)}" for k, v in settings[first.key].items())
         line = [first.task, first.model, varied, f"{total} ({left} to run)"]
         if about is None:
             lines.append([*line, f"cannot be built: {fault}"])
@@ -256,12 +256,13 @@ def _print_suite(name: str) -> None:
 def _print_model(ref: str) -> None:
     import dataclasses
 
+    from hgrn2_bench.plan import written
+
     model = registry.model(ref)
     print(f"{model.name}: {model.summary}\nversion {model.version}, {model.module}\nsettings")
     for field in dataclasses.fields(model.settings):
         choices = field.metadata.get("choices")
-        default = "null" if field.default is None else field.default
-        print(f"  {model.name}.{field.name}={default}" + (f"  ({'|'.join(choices)})" if choices else ""))
+        print(f"  {model.name}.{field.name}={written(field.default)}" + (f"  ({'|'.join(choices)})" if choices else ""))
 
 
 @app.command()

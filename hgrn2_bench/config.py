@@ -1,7 +1,8 @@
 """Schemas of the plain keys, and the turning of `key=value` words into checked values. Imports no torch.
 
 Words follow Hydra's override grammar (`OverridesParser`): a comma is a sweep, `range(3)` and `choice(a,b)` expand,
-`model.key=value` sets a key for one model only. OmegaConf converts each value to the type of its schema field.
+`model.key=value` sets a key for one model only, `model.key=[a,b]` is a list of words where the key takes one.
+OmegaConf converts each value to the type of its schema field.
 """
 
 import dataclasses
@@ -125,6 +126,12 @@ class Word:
         """The key as typed."""
         return f"{self.owner}.{self.key}" if self.owner else self.key
 
+    def check_list(self, schema: type | None) -> None:
+        """ConfigError where a value is a bracketed list and the key is no setting of `schema` that takes one."""
+        takes = schema is not None and any(f.name == self.key and f.type is tuple for f in dataclasses.fields(schema))
+        if not takes and any(isinstance(value, tuple) for value in self.values):
+            raise ConfigError(f"{self.text!r}: a sweep is written without brackets, {self.name}=a,b")
+
 
 def parse_words(words: Iterable[str]) -> list[Word]:
     """Parse `key=value` words; ConfigError, one line, for anything that is not one."""
@@ -144,12 +151,14 @@ def parse_words(words: Iterable[str]) -> list[Word]:
             raise ConfigError(f"cannot read {text!r}: it names no key (expected key=value)")
         plain = not (override.is_delete() or override.is_add() or override.is_force_add() or override.package)
         parsed.append(Word(text, owner, key, _values(override, text) if plain else (), plain))
+        if not owner:
+            parsed[-1].check_list(None)
     return parsed
 
 
 def _values(override: Any, text: str) -> tuple[Any, ...]:
-    """The values of one override: one, or those of its sweep."""
-    from hydra.core.override_parser.types import Glob, IntervalSweep, QuotedString
+    """The values of one override: one, or those of its sweep; a bracketed list is a tuple."""
+    from hydra.core.override_parser.types import Glob, IntervalSweep
 
     raw = override.value()
     if isinstance(raw, IntervalSweep | Glob):
@@ -160,13 +169,21 @@ def _values(override: Any, text: str) -> tuple[Any, ...]:
         raise ConfigError(f"cannot read {text!r}: {error}") from None
     if not items:
         raise ConfigError(f"{text!r}: the sweep is empty")
-    values = [item.text if isinstance(item, QuotedString) else item for item in items]
-    for value in values:
-        if isinstance(value, list | dict):
-            raise ConfigError(f"{text!r}: a sweep is written without brackets, {override.key_or_group}=a,b")
-        if isinstance(value, str) and "${" in value:
-            raise ConfigError(f"{text!r}: ${{...}} means nothing here; write the value")
-    return tuple(values)
+    return tuple(
+        tuple(_scalar(each, override, text) for each in item) if isinstance(item, list) else _scalar(item, override, text) for item in items
+    )
+
+
+def _scalar(item: Any, override: Any, text: str) -> Any:
+    """One value of the grammar without its quotes; ConfigError for a list within a list, a dictionary, or an interpolation."""
+    from hydra.core.override_parser.types import QuotedString
+
+    value = item.text if isinstance(item, QuotedString) else item
+    if isinstance(value, list | dict):
+        raise ConfigError(f"{text!r}: a sweep is written without brackets, {override.key_or_group}=a,b")
+    if isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{text!r}: ${{...}} means nothing here; write the value")
+    return value
 
 
 def convert(schema: type, key: str, value: Any, shown: str) -> Any:
@@ -175,6 +192,8 @@ def convert(schema: type, key: str, value: Any, shown: str) -> Any:
     from omegaconf.errors import OmegaConfBaseException
 
     spec = {f.name: f for f in dataclasses.fields(schema)}[key]
+    if spec.type is tuple:
+        return _words(value, shown)
     single = dataclasses.make_dataclass("Single", [(key, spec.type, field(default=spec.default))])
     config = OmegaConf.structured(single)
     try:
@@ -192,10 +211,19 @@ def convert(schema: type, key: str, value: Any, shown: str) -> Any:
     return result
 
 
+def _words(value: Any, shown: str) -> tuple[str, ...]:
+    """A list of words; one word alone is a list of one."""
+    words = value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(word, str) for word in words):
+        raise ConfigError(f"{shown}={'null' if value is None else list(words)}: expected {type_name(tuple)}")
+    return words
+
+
 def type_name(annotation: Any) -> str:
     """`int`, `float`, `int or null`: a type in words for an error line."""
     if isinstance(annotation, type):
-        return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word"}.get(annotation.__name__, "a value")
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", tuple: "a list of words [a,b]"}
+        return names.get(annotation, "a value")
     return str(annotation).replace("None", "null").replace(" | ", " or ")
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from hgrn2_bench.executor import Event
-from hgrn2_bench.plan import Cell, swept
+from hgrn2_bench.plan import Cell, swept, written
 from hgrn2_bench.results import Row
 
 PLAIN_EVERY_S = 15.0
@@ -35,7 +35,8 @@ class Monitor:
         self.finished = 0
         self.began = self.said = time.monotonic()
         self.console = Console(stderr=True, highlight=False)
-        self.bars = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), console=self.console)
+        name, note = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[note]}"))
+        self.bars = Progress(name, BarColumn(), note, console=self.console)
         self.live = self.console.is_terminal
         self.total: TaskID | None = None
         self.running: dict[str, TaskID] = {}
@@ -108,7 +109,7 @@ class Monitor:
 def names(cells: Sequence[Cell]) -> dict[str, str]:
     """Each cell in a few words, by key: model, task, what the plan sweeps, seed."""
     return {
-        key: " ".join([cell.model, cell.task, *(f"{k}={v}" for k, v in settings.items()), f"seed {cell.seed}"])
+        key: " ".join([cell.model, cell.task, *(f"{k}={written(v)}" for k, v in settings.items()), f"seed {cell.seed}"])
         for cell, (key, settings) in zip(cells, swept(cells).items(), strict=True)
     }
 

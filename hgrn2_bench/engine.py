@@ -172,7 +172,7 @@ def outcome_of(error: Exception) -> tuple[str, str]:
 def _train_and_measure(
     cell: Cell, folder: CellFolder, facts: Facts, report: Callable[[int, int, str], None], stop: Callable[[], bool]
 ) -> list[Metric]:
-    if versions(registry.model(cell.model_ref), cell.model_config.first_layer) != cell.mixer_version:
+    if versions(registry.model(cell.model_ref), cell.settings, cell.model_config.first_layer) != cell.mixer_version:
         raise ConfigError(f"{cell.model_ref} changed after the run was planned; run again")
     model = build(cell)
     facts.description = describe(cell, model)
@@ -242,7 +242,7 @@ def _shared_fields(cell: Cell, facts: Facts) -> dict[str, Any]:
     same = ("suite", "protocol_version", "preset", "task", "model", "mixer_version", "seed", "device", "processes", "backend", "dtype")
     return {name: getattr(cell, name) for name in same} | {
         "command": cell.command,
-        "settings": cell.fields(),
+        "settings": plain(cell.fields()),
         "effective": _effective(cell, facts),
         "parameters": description.parameters if description else None,
         "non_embedding_parameters": description.non_embedding_parameters if description else None,

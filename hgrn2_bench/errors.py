@@ -12,7 +12,7 @@ class ConfigError(ValueError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """`Unknown model 'gal'. Did you mean 'gla'? Available: ...` as an error to raise; long lists only where nothing is near."""
+    """`Unknown model 'hgnr2'. Did you mean 'hgrn2'? Available: ...` as an error to raise; long lists only where nothing is near."""
     names = sorted(set(known))
     lower = {each.lower(): each for each in names}
     close = [lower[each] for each in difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)]

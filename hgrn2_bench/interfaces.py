@@ -75,6 +75,8 @@ class Mixer(nn.Module):
     """Implementations that its family has."""
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     """Names of own parameters that the optimiser must not decay."""
+    label = ""
+    """What tells this layer's mixer from other layers' of one model; empty where all layers are alike."""
 
     def __init__(self, spec: MixerSpec) -> None:
         super().__init__()

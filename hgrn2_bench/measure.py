@@ -1,11 +1,12 @@
 """What a model costs, and what was really built: parameters, state bytes, FLOPs, decay at initialisation, causality."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hgrn2_bench.interfaces import Context
+from hgrn2_bench.interfaces import Context, Mixer
 from hgrn2_bench.layers import ShortConv, conv_names
 from hgrn2_bench.model import SequenceModel
 from hgrn2_bench.ops import families
@@ -37,9 +38,8 @@ def train_flops_per_token(model: SequenceModel, seq_len: int, labels_per_token: 
 
 
 @torch.no_grad()
-def sample_inputs(model: SequenceModel, seq_len: int = 64) -> families.OpInputs | None:
-    """What the first layer hands to its recurrence on standard normal input; None for a plain module."""
-    mixer = model.mixers[0]
+def sample_inputs(model: SequenceModel, mixer: Mixer, seq_len: int = 64) -> families.OpInputs | None:
+    """What a mixer of the model hands to its recurrence on standard normal input; None for a plain module."""
     if not mixer.family:
         return None
     device = model.embedding.weight.device
@@ -64,16 +64,37 @@ def log_decay_of(inputs: families.OpInputs) -> Tensor | None:
 
 
 def effective(model: SequenceModel) -> dict[str, Any]:
-    """What was really built: the mixer's own word, and what the core knows of kernel, positions, local mixing and decay."""
-    mixer = model.mixers[0]
-    inputs = sample_inputs(model)
+    """What was really built: the mixer's own word, and what the core knows of kernel, positions, local mixing and decay.
+
+    Where the layers hold several mixers, `layers` names them all, and a fact in which they differ is told of each: `hgrn2: 1; gla: 4`.
+    """
+    first = {mixer.label: mixer for mixer in reversed(model.mixers)}
+    parts = {label: _effective(model, first[label]) for label in dict.fromkeys(mixer.label for mixer in model.mixers)}
+    if len(parts) == 1:
+        return next(iter(parts.values()))
+    keys = dict.fromkeys(key for facts in parts.values() for key in facts)
+    joined = {key: _joined({label: facts[key] for label, facts in parts.items() if key in facts}, len(parts)) for key in keys}
+    causal = [facts["causal"] for facts in parts.values()]
+    return {"layers": [mixer.label for mixer in model.mixers]} | joined | {"causal": None if None in causal else all(causal)}
+
+
+def _joined(values: Mapping[str, Any], parts: int) -> Any:
+    """One value where all parts have it, else a text with the value of each part that has one."""
+    told = list(values.values())
+    if len(told) == parts and all(value == told[0] for value in told):
+        return told[0]
+    return "; ".join(f"{label}: {value}" for label, value in values.items())
+
+
+def _effective(model: SequenceModel, mixer: Mixer) -> dict[str, Any]:
+    inputs = sample_inputs(model, mixer)
     decay = None if inputs is None else log_decay_of(inputs)
     recurrent = mixer.family not in ("", "softmax")
     widths = {m.width for m in mixer.modules() if isinstance(m, ShortConv)}
     return {
         "local_mixing": " ".join(f"conv {width}" for width in sorted(widths)) or "none",
         "conv": conv_names(mixer),
-        "causal": is_causal(model),
+        "causal": is_causal(model, mixer),
         **mixer.effective(),
         "kernel": kernel(mixer.spec.backend, inputs),
         "state_dtype": "float32" if recurrent else "that of the activations",
@@ -83,9 +104,8 @@ def effective(model: SequenceModel) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def is_causal(model: SequenceModel, seq_len: int = 16) -> bool | None:
-    """Whether a changed last token leaves the first layer's earlier outputs as they were; None on fla, whose kernels need a GPU."""
-    mixer = model.mixers[0]
+def is_causal(model: SequenceModel, mixer: Mixer, seq_len: int = 16) -> bool | None:
+    """Whether a changed last token leaves a mixer's earlier outputs as they were; None on fla, whose kernels need a GPU."""
     if mixer.spec.backend == "fla":
         return None
     was_training = mixer.training

@@ -64,7 +64,9 @@ class Cell:
         """The cell that `to_json` stored."""
         schema = registry.protocol(content["suite"]).data_schema
         sections = {"model_config": ModelConfig, "train": TrainConfig, "data": schema}
-        return Cell(**{k: sections[k](**v) if k in sections else v for k, v in content.items()})
+        built = {k: sections[k](**v) if k in sections else v for k, v in content.items()}
+        built["settings"] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["settings"].items()}
+        return Cell(**built)
 
     def fields(self) -> dict[str, Any]:
         """Every setting of the cell under the name a user types, the mixer's own with its prefix."""
@@ -174,6 +176,7 @@ def _check_names(parsed: Sequence[Word], protocol: Protocol, chosen: Sequence[re
     """Refuse unknown keys, repeated keys, and keys of models that are not in the run."""
     schemas = sections(protocol)
     plain = [f.name for s in schemas.values() for f in dataclasses.fields(s)]
+    models = {m.name: m for m in chosen}
     own = {m.name: [f.name for f in dataclasses.fields(m.settings)] for m in chosen}
     known = [*PLAN_KEYS, *plain, *(f"{m}.{k}" for m, keys in own.items() for k in keys)]
     seen: set[str] = set()
@@ -189,6 +192,7 @@ def _check_names(parsed: Sequence[Word], protocol: Protocol, chosen: Sequence[re
             raise unknown("key", word.key, known)
         if not word.plain:
             raise ConfigError(f"{word.text!r}: {NO_SIGNS.format(word.name)}")
+        word.check_list(models[word.owner].settings if word.owner else None)
 
 
 def _check_models(chosen: Sequence[registry.Model]) -> None:
@@ -221,18 +225,25 @@ class _CellMaker:
         return tuple(convert(schema, name.rpartition(".")[2], value, name) for value in values)
 
     def _drop_without_effect(self, axes: dict[str, tuple[Any, ...]]) -> None:
-        """Take out shared keys that this mixer cannot use; a sweep over them would otherwise repeat equal cells."""
+        """Take out shared keys that this mixer, and every part of it, cannot use; a sweep over them would repeat equal cells."""
         facts = {"conv": self.model.is_mixer and self.model.facts.get("convolved", True)}  # a plain module is not told of it
-        facts |= {"forget_bias": self.model.facts.get("gated", False), "lower_bound": self.model.facts.get("bounded", False)}
+        facts |= {"forget_bias": self._has("gated", axes), "lower_bound": self._has("bounded", axes)}
         for key, applies in facts.items():
             if key in axes and not applies:
                 del axes[key]
                 if any(w.key == key for w in self.user):
                     self.notes.append(f"{key} has no effect on {self.model.name}: left out")
 
-        if "rope" in axes.get("positions", ()) and not self.model.facts.get("rotary", False):
+        if "rope" in axes.get("positions", ()) and not self._has("rotary", axes):
             axes["positions"] = tuple(dict.fromkeys("none" if kind == "rope" else kind for kind in axes["positions"]))
             self.notes.append(f"positions=rope has no effect on {self.model.name}: none")
+
+    def _has(self, fact: str, axes: Mapping[str, tuple[Any, ...]]) -> bool:
+        """Whether a fact holds for the model, or for a part of it under any value that the run gives to the setting that lists them."""
+        name = self.model.facts.get("parts", "")
+        lists = axes.get(f"{self.model.name}.{name}", (getattr(self.model.settings, name),)) if name else ()
+        parts = (part for names in lists for part in self.model.parts({name: names}))
+        return any(model.facts.get(fact, False) for model in (self.model, *parts))
 
     def _cell(self, values: dict[str, Any], axes: Mapping[str, tuple[Any, ...]]) -> Cell:
         schemas = sections(self.protocol)
@@ -252,9 +263,9 @@ class _CellMaker:
             task=task,
             model=self.model.name,
             model_ref=self.ref,
-            mixer_version=versions(self.model, first),
+            mixer_version=versions(self.model, settings, first),
             seed=cell.seed,
-            backend=resolve_backend(cell.backend, self.device, self.model),
+            backend=resolve_backend(cell.backend, self.device, self.model, *self.model.parts(settings)),
             dtype=cell.dtype,
             device=self.device,
             settings=settings,
@@ -267,18 +278,21 @@ class _CellMaker:
         typed = [axis_name(word, self.model) for word in self.user]
         swept = [name for name, tried in axes.items() if len(tried) > 1]
         words = [f"suite={self.protocol.name}", f"preset={self.preset}"]
-        words += [f"task={self.task}", f"model={_written(self.ref)}", f"seed={seed}"]
-        words += [f"{name}={_written(values[name])}" for name in dict.fromkeys([*swept, *typed]) if name in values and name != "seed"]
+        words += [f"task={self.task}", f"model={written(self.ref)}", f"seed={seed}"]
+        words += [f"{name}={written(values[name])}" for name in dict.fromkeys([*swept, *typed]) if name in values and name != "seed"]
         return shlex.join(["python", "-m", "hgrn2_bench", "run", *words, "--device", self.device])
 
 
-def versions(model: registry.Model, first_layer: str) -> str:
-    """The version of a model, with that of the mixer in its first layer where it has one of its own."""
-    return model.version if first_layer == "none" else f"{model.version} {first_layer}:{registry.model(first_layer).version}"
+def versions(model: registry.Model, settings: Mapping[str, Any], first_layer: str) -> str:
+    """The version of a model and of its parts, with that of the mixer in its first layer where it has one of its own."""
+    version = model.full_version(settings)
+    return version if first_layer == "none" else f"{version} {first_layer}:{registry.model(first_layer).version}"
 
 
-def _written(value: Any) -> str:
-    """A value as one word of the grammar: null, a number or a name as it is, any other text in quotes."""
+def written(value: Any) -> str:
+    """A value as one word of the grammar: null, a number or a name as it is, any other text in quotes, a list in brackets."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(written, value))}]"
     if not isinstance(value, str):
         return "null" if value is None else str(value)
     if re.fullmatch(r"[A-Za-z_./][\w./:-]*", value) and value.lower() not in ("null", "true", "false", "inf", "nan"):
@@ -305,13 +319,20 @@ def _own(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k in names}
 
 
-def resolve_backend(name: str, device: str, model: registry.Model) -> str:
-    """Turn `auto` into the backend that every row records; ConfigError where the choice cannot run. Never falls back quietly."""
-    offered = tuple(model.facts.get("backends", BACKENDS))
+def resolve_backend(name: str, device: str, model: registry.Model, *parts: registry.Model) -> str:
+    """Turn `auto` into the backend that every row records; ConfigError where the choice cannot run. Never falls back quietly.
+
+    A model built of others runs on a backend that all its parts have.
+    """
+    offers = {each.name: tuple(each.facts.get("backends", BACKENDS)) for each in (model, *parts)}
+    common = [backend for backend in offers[model.name] if all(backend in offered for offered in offers.values())]
+    if name == "auto" and common:
+        name = "fla" if device == "cuda" and "fla" in common else "chunked" if "chunked" in common else common[0]
+    for each, offered in offers.items():
+        if name not in (*offered, "auto"):
+            raise ConfigError(f"backend={name}: {each} has only {', '.join(offered)}")
     if name == "auto":
-        name = "fla" if device == "cuda" and "fla" in offered else "chunked" if "chunked" in offered else offered[0]
-    if name not in offered:
-        raise ConfigError(f"backend={name}: {model.name} has only {', '.join(offered)}")
+        raise ConfigError(f"no backend is common to {', '.join(part.name for part in parts)}")
     if name == "fla" and device != "cuda":
         raise ConfigError("backend=fla needs a CUDA device; use backend=chunked")
     if name == "fla" and importlib.util.find_spec("fla") is None:

@@ -13,7 +13,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -27,8 +27,11 @@ if TYPE_CHECKING:
     from hgrn2_bench.interfaces import Mixer
 
 ROOT = Path(__file__).parent.parent
-FACTS = ("version", "gated", "bounded", "rotary", "convolved", "backends")
+FACTS = ("version", "gated", "bounded", "rotary", "convolved", "backends", "parts")
+"""Class facts that planning reads. `parts`, which most mixers lack, names the setting that lists the models a mixer is built of: their
+versions belong to the cell's key, and what applies to one of them applies to the mixer."""
 _TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
+_WORDS = "tuple[str, ...]"
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,16 @@ class Model:
         if self.module.endswith(".py"):
             return hashlib.sha256(Path(self.module).read_bytes()).hexdigest()[:16]
         return str(self.facts.get("version", 1))
+
+    def parts(self, settings: Mapping[str, Any]) -> "tuple[Model, ...]":
+        """The models that this one is built of under `settings`, each once; none for most. ConfigError as `listed` says."""
+        name = self.facts.get("parts", "")
+        return listed(settings[name], f"{self.name}.{name}") if name else ()
+
+    def full_version(self, settings: Mapping[str, Any]) -> str:
+        """The version, and those of all parts: `1 (hgrn2 1, attention 1)`."""
+        parts = ", ".join(f"{part.name} {part.version}" for part in self.parts(settings))
+        return f"{self.version} ({parts})" if parts else self.version
 
 
 def check_packages() -> None:
@@ -131,6 +144,22 @@ def model(ref: str) -> Model:
     return models()[ref]
 
 
+def listed(names: Sequence[str], setting: str) -> tuple[Model, ...]:
+    """The registered models that a setting lists, each once, in the order first seen.
+
+    ConfigError with the nearest name for an unknown one, for one that lists models itself, and for an empty list.
+    """
+    if not names:
+        raise ConfigError(f"{setting}=[] names no model")
+    single = {name: found for name, found in models().items() if "parts" not in found.facts}
+    for name in names:
+        if name in models() and name not in single:
+            raise ConfigError(f"{setting}: {name!r} is itself built of other models; list those")
+        if name not in single:
+            raise unknown(f"model in {setting}", name, single)
+    return tuple(single[name] for name in dict.fromkeys(names))
+
+
 @functools.cache
 def _user_model(ref: str) -> Model:
     path, _, class_name = ref.partition(":")
@@ -166,7 +195,10 @@ def read_model(path: Path, name: str, module: str, class_name: str | None = None
     summary = _summary(tree) or (ast.get_docstring(node) or "").split("\n")[0]
     fields = list(_class_settings(node) if is_mixer else _init_settings(node))
     settings = dataclasses.make_dataclass(f"{node.name}Settings", fields, frozen=True)
-    return Model(name, module, node.name, summary, settings, _facts(node) if is_mixer else {"backends": ("module",)}, is_mixer)
+    facts = _facts(node) if is_mixer else {"backends": ("module",)}
+    if "parts" in facts and (facts["parts"], tuple) not in [(field[0], field[1]) for field in fields]:
+        raise ConfigError(f"{node.name}: 'parts' must name a setting of type {_WORDS}, not {facts['parts']!r}")
+    return Model(name, module, node.name, summary, settings, facts, is_mixer)
 
 
 def _summary(tree: ast.Module) -> str:
@@ -185,13 +217,16 @@ def _field(name: str, annotation: ast.expr, default: ast.expr, where: str) -> tu
     if plain.startswith(("Literal[", "typing.Literal[")):
         with contextlib.suppress(ValueError):  # a name among them: refused below
             choices = ast.literal_eval(plain[plain.index("[") + 1 : -1] + ",")
-    kind = str if choices and all(isinstance(c, str) for c in choices) else _TYPES.get(plain)
+    kind = str if choices and all(isinstance(c, str) for c in choices) else tuple if text == _WORDS else _TYPES.get(plain)
     if kind is None:
-        raise ConfigError(f"{where}: setting {name!r} must be int, float, bool, str, Literal of words or one of them | None, not {text}")
+        kinds = f"int, float, bool, str, Literal of words or one of them | None, or {_WORDS}"
+        raise ConfigError(f"{where}: setting {name!r} must be {kinds}, not {text}")
     optional = plain != text
     if kind is float and type(value) is int:
         value = float(value)  # so that a default and the same value typed give one cell
     legal = value in choices if choices else type(value) is kind
+    if kind is tuple and legal:
+        legal = all(isinstance(word, str) for word in tuple(value))
     if not legal and not (optional and value is None):
         raise ConfigError(f"{where}: the default of {name!r} is {value!r}, not {text}")
     return name, (kind | None if optional else kind), dataclasses.field(default=value, metadata={"choices": choices})

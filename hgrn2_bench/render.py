@@ -42,7 +42,9 @@ class Score:
 
 
 def short(value: Any) -> str:
-    """A setting's value; a dash for none."""
+    """A setting's value; a dash for none, commas between the words of a list."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(short, value))
     return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 

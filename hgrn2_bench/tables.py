@@ -142,13 +142,13 @@ def _costs(row: Row) -> tuple[Any, ...]:
 
 
 def _varying(lines: Sequence[Line], protocol: Protocol) -> list[str]:
-    """Settings that differ between lines: shared ones over the table, a model's own among its lines."""
-    seen: dict[str, set[str]] = defaultdict(set)
+    """Settings that differ between lines: shared ones over the table, a model's own and its version among its lines."""
+    seen: dict[tuple[str, str], set[str]] = defaultdict(set)
     for line in lines:
         for key, value in settings_of(line.first).items():
-            seen[key].add(json.dumps(value))
+            seen[key, line.first.model if key == "version" else ""].add(json.dumps(value))
     hidden = {*SHOWN_BY_COLUMN, *protocol.tuned}
-    return [key for key, values in seen.items() if len(values) > 1 and key not in hidden]
+    return list(dict.fromkeys(key for (key, _), values in seen.items() if len(values) > 1 and key not in hidden))
 
 
 def _speed(line: Line) -> float | None:
@@ -191,6 +191,8 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
     plain = sorted({row.model for row in rows if row.effective.get("decoding")})
     if plain:
         notes.append(f"plain modules ({', '.join(plain)}) decode by recomputing: their state is all past inputs, their FLOPs are not known")
+    built = sorted({f"{row.model}: {short(row.effective['layers'])}" for row in rows if row.effective.get("layers")})
+    notes += [f"layers of {text}" for text in built]
     if not one_device:
         notes.append("no speed column: the rows come from several devices")
     counts = sum(row.truncated + row.skipped for row in rows)

@@ -20,7 +20,8 @@ WORDS = ("suite=mqar", "preset=test", "train_examples=3_200", "lr=1e-2", "eval_e
 def curves():
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        for cell in make_plan([*WORDS, f"model={','.join(registry.models())}"], "cpu").cells:
+        deeper = [f"{name}.num_layers=2" for name, model in registry.models().items() if "parts" in model.facts]  # one layer for each part
+        for cell in make_plan([*WORDS, f"model={','.join(registry.models())}", *deeper], "cpu").cells:
             made = CellFolder(Path(folder), cell)
             with made.lock():
                 engine.run_cell(cell, made, lambda *_: None, lambda: False)

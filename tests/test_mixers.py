@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hgrn2_bench import registry
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, MixerState
-from hgrn2_bench.layers import conv_names
+from hgrn2_bench.layers import ShortConv, conv_names
 from hgrn2_bench.measure import log_decay_of
 
 D, T = 32, 17
@@ -57,7 +57,7 @@ class Case:
 
     @property
     def is_attention(self) -> bool:
-        return self.cls.family == "softmax"
+        return self.build().family == "softmax"
 
     @property
     def by_fft(self) -> bool:
@@ -115,7 +115,7 @@ def assert_same_state(got: MixerState, want: MixerState, **tolerance: float) -> 
 
 def test_mixers_are_all_found() -> None:
     expected = {"hgrn2", "attention", "gla", "hgrn1", "mamba", "linear_attention", "retnet", "mamba2", "delta_net", "gated_delta_net"}
-    assert expected | {"rwkv6", "rwkv7", "gsa", "based", "base_conv"} <= {name for name, _ in mixers()}
+    assert expected | {"rwkv6", "rwkv7", "gsa", "based", "base_conv", "hybrid"} <= {name for name, _ in mixers()}
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -289,7 +289,8 @@ def test_effective_is_json_and_says_what_was_built(case: Case) -> None:
     mixer = case.build()
     effective = mixer.effective()
     assert json.loads(json.dumps(effective)) == effective
-    streams = [n for n, m in mixer.named_modules() if n.startswith("conv_") and "." not in n]
+    streams = [n.rpartition(".")[2] for n, m in mixer.named_modules() if isinstance(m, ShortConv)]
+    assert all(n.startswith("conv_") for n in streams)
     assert sorted(conv_names(mixer)) == sorted(streams)
     assert bool(streams) == bool(case.conv) or not case.cls.convolved
     if "head_k" in effective:
@@ -300,8 +301,11 @@ def test_effective_is_json_and_says_what_was_built(case: Case) -> None:
 
 def test_class_facts_agree_with_the_code(case: Case) -> None:
     mixer = case.build()
-    if case.cls.family:
-        assert mixer.project(inputs(1, 3), case.context()).family == case.cls.family
+    if mixer.family:
+        assert mixer.project(inputs(1, 3), case.context()).family == mixer.family
+    assert case.cls.family or not case.cls.convolved or hasattr(case.cls, "parts"), (
+        "only a mixer built of others may leave its family to them"
+    )
     assert set(case.cls.no_weight_decay) <= set(dict(mixer.named_parameters()))
     assert (case.cls.__doc__ or "").strip()
 

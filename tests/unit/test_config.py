@@ -70,6 +70,9 @@ def values(text):
         ("train_examples=48_000", (48_000,)),
         ("tie_embeddings=false,True", (False, True)),
         ("lr=", ("",)),
+        ("hybrid.layers=[gla]", (("gla",),)),
+        ("hybrid.layers=[hgrn2,'a b'],[gla],mamba", (("hgrn2", "a b"), ("gla",), "mamba")),
+        ("hybrid.layers=[]", ((),)),
     ],
 )
 def test_parse_words_reads_values_and_sweeps(text, expected):
@@ -100,7 +103,10 @@ def test_parse_words_marks_hydra_signs(text):
     ("text", "part"),
     [
         ("lr=[1,2]", "a sweep is written without brackets, lr=a,b"),
-        ("hgrn2.lr=[1]", "hgrn2.lr=a,b"),
+        ("model=[hgrn2,gla]", "a sweep is written without brackets, model=a,b"),
+        ("hybrid.layers=[a,[b]]", "hybrid.layers=a,b"),
+        ("hybrid.layers=[a,{b:1}]", "hybrid.layers=a,b"),
+        ("hybrid.layers=[a,'${b}']", "${...} means nothing here"),
         ("lr=choice([1],2)", "without brackets"),
         ("lr={a:1}", "without brackets"),
         ("lr=interval(0,1)", "intervals and globs cannot be planned"),
@@ -192,6 +198,26 @@ class Own:
     ratio: int | None = None
     kind: str | None = dataclasses.field(default=None, metadata={"choices": ("a", "b")})
     name: str = "x"
+    layers: tuple = ("a", "b")
+
+
+def test_convert_makes_a_list_of_one_word():
+    assert convert(Own, "layers", "gla", "m.layers") == ("gla",)
+    assert convert(Own, "layers", ("gla", "gla"), "m.layers") == ("gla", "gla")
+
+
+@pytest.mark.parametrize(("value", "shown"), [(None, "null"), (3, "[3]"), (("a", 1), "['a', 1]"), (("a", None), "['a', None]")])
+def test_convert_takes_only_words_in_a_list(value, shown):
+    assert refusal(convert, Own, "layers", value, "m.layers") == f"m.layers={shown}: expected a list of words [a,b]"
+
+
+@pytest.mark.parametrize(
+    ("text", "schema"), [("m.ratio=[a,b]", Own), ("m.other=[a]", Own), ("m.layers=[a]", ModelConfig), ("m.layers=a,[b]", None)]
+)
+def test_lists_are_refused_where_the_key_takes_none(text, schema):
+    (word,) = parse_words([text])
+    assert refusal(word.check_list, schema) == f"{text!r}: a sweep is written without brackets, {word.name}=a,b"
+    parse_words(["m.layers=[a],b"])[0].check_list(Own)
 
 
 def test_convert_takes_null_where_the_type_has_it():
@@ -270,7 +296,14 @@ def test_schema_of_finds_the_section_of_a_key():
 
 @pytest.mark.parametrize(
     ("annotation", "words"),
-    [(int, "a whole number"), (float, "a number"), (bool, "true or false"), (str, "a word"), (int | None, "int or null")],
+    [
+        (int, "a whole number"),
+        (float, "a number"),
+        (bool, "true or false"),
+        (str, "a word"),
+        (int | None, "int or null"),
+        (tuple, "a list of words [a,b]"),
+    ],
 )
 def test_type_name_is_in_words(annotation, words):
     assert type_name(annotation) == words

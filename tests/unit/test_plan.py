@@ -16,7 +16,7 @@ import pytest
 from hgrn2_bench import plan, registry
 from hgrn2_bench.config import PLAN_KEYS, ModelConfig, TrainConfig, parse_words
 from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.plan import Cell, make_plan, resolve_backend
+from hgrn2_bench.plan import Cell, make_plan, resolve_backend, written
 from hgrn2_bench.protocol import Preset, Protocol
 
 PAPER = ("preset=paper", "task=len64_kv4", "d_model=64", "lr=1e-3")
@@ -310,7 +310,16 @@ def test_a_changed_task_is_named_after_what_it_runs():
         (["~hgrn2.variant"], "'~hgrn2.variant': write plain hgrn2.variant=value; Hydra's signs +, ~ and @ mean nothing here"),
         (["+preset=test"], "'+preset=test': write plain preset=value; Hydra's signs +, ~ and @ mean nothing here"),
         (["+task=len16_kv2"], "'+task=len16_kv2': write plain task=value; Hydra's signs +, ~ and @ mean nothing here"),
-        (["model=gal"], "Unknown model 'gal'. Did you mean 'gla'? Available: attention, "),
+        (["model=retnt"], "Unknown model 'retnt'. Did you mean 'retnet'? Available: attention, "),
+        (["model=[hgrn2,gla]"], "'model=[hgrn2,gla]': a sweep is written without brackets, model=a,b"),
+        (["d_model=[16,32]"], "'d_model=[16,32]': a sweep is written without brackets, d_model=a,b"),
+        (["hgrn2.d_model=[16]"], "'hgrn2.d_model=[16]': a sweep is written without brackets, hgrn2.d_model=a,b"),
+        (["gla.num_heads=[1,2]", "model=gla"], "'gla.num_heads=[1,2]': a sweep is written without brackets, gla.num_heads=a,b"),
+        (["model=hybrid", "hybrid.layers=[1,2]"], "hybrid.layers=[1, 2]: expected a list of words [a,b]"),
+        (["model=hybrid", "hybrid.layers=null"], "hybrid.layers=null: expected a list of words [a,b]"),
+        (["model=hybrid", "hybrid.layers=[]"], "hybrid.layers=[] names no model"),
+        (["model=hybrid", "hybrid.layers=[hgrn2,retnt]"], "Unknown model in hybrid.layers 'retnt'. Did you mean 'retnet'?"),
+        (["model=hybrid", "hybrid.layers=hybrid"], "hybrid.layers: 'hybrid' is itself built of other models; list those"),
         (["task=len16_kv3"], "Unknown task of mqar preset=test 'len16_kv3'. Did you mean 'len16_kv2'? Available: len16_kv2."),
         (["preset=papr"], "Unknown preset of mqar 'papr'. Did you mean 'paper'? Available: "),
         (["preset=test,smoke"], "'preset=test,smoke': one preset at a time"),
@@ -448,11 +457,86 @@ def test_every_cell_records_a_resolved_backend_and_device(with_fla):
 @pytest.mark.parametrize("name", registry.models())
 def test_rope_is_kept_only_where_it_is_built(name):
     kinds = {c.model_config.positions for c in cells(f"model={name}", "positions=none,rope")}
-    assert kinds == ({"none", "rope"} if name == "attention" else {"none"})
+    assert kinds == ({"none", "rope"} if name in ("attention", "hybrid") else {"none"})
 
 
 def test_rope_without_effect_is_noted():
     assert any("positions=rope has no effect on hgrn2" in note for note in planned("model=hgrn2", "positions=rope").notes)
+
+
+# a model built of others
+
+
+def test_layers_are_a_list_and_a_single_word_is_a_list_of_one():
+    found = cells("model=hybrid", "hybrid.layers=[hgrn2,hgrn2,attention],gla")
+    assert [c.settings["layers"] for c in found] == [("hgrn2", "hgrn2", "attention"), ("gla",)]
+    assert [c.key for c in cells("model=hybrid", "hybrid.layers=gla,[gla]")] == [found[1].key]
+    assert one("model=hybrid").key == one("model=hybrid", "hybrid.layers=[hgrn2,attention]").key
+
+
+def test_the_order_of_the_layers_is_in_the_key():
+    assert len({c.key for c in cells("model=hybrid", "hybrid.layers=[gla,hgrn2],[hgrn2,gla],[gla,hgrn2,gla]")}) == 3
+
+
+def test_a_list_survives_the_cells_command_and_json():
+    for cell in cells("model=hybrid", "hybrid.layers=[gla,hgrn2],[attention]"):
+        assert [c.key for c in again(cell)] == [cell.key]
+        assert cell.fields()["hybrid.layers"] == cell.settings["layers"]
+        stored = Cell.from_json(json.loads(json.dumps(cell.to_json())))
+        assert (stored, stored.key) == (cell, cell.key)
+    assert shlex.split(cells("model=hybrid", "hybrid.layers=[gla,hgrn2]")[0].command)[-3] == "hybrid.layers=[gla,hgrn2]"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(("gla", "hgrn2"), "[gla,hgrn2]"), (("gla",), "[gla]"), (("a b", "null"), "['a b','null']"), ((), "[]"), (None, "null"), (0.5, "0.5")],
+)
+def test_a_written_value_is_read_back(value, text):
+    assert written(value) == text
+    assert parse_words([f"m.key={text}"])[0].values == (value,)
+
+
+def test_the_version_of_a_cell_names_the_versions_of_its_parts(monkeypatch):
+    before = one("model=hybrid", "hybrid.layers=[gla,hgrn2]")
+    other = one("model=hybrid", "hybrid.layers=[retnet]")
+    monkeypatch.setitem(registry.model("gla").facts, "version", 99)
+    after = one("model=hybrid", "hybrid.layers=[gla,hgrn2]")
+    assert "gla 99" in after.mixer_version
+    assert before.key != after.key
+    assert other.key == one("model=hybrid", "hybrid.layers=[retnet]").key
+
+
+@pytest.mark.parametrize(
+    ("layers", "dropped"),
+    [
+        ("[hgrn2,attention]", set()),
+        ("[gla,attention]", {"lower_bound"}),
+        ("[retnet,attention]", {"lower_bound", "forget_bias"}),
+        ("[retnet,hgrn2]", {"positions=rope"}),
+        ("[retnet],[hgrn2]", {"positions=rope"}),
+    ],
+)
+def test_shared_keys_act_on_a_hybrid_where_they_act_on_a_part(layers, dropped):
+    found = planned("model=hybrid", f"hybrid.layers={layers}", "forget_bias=2", "lower_bound=exclusive", "positions=rope")
+    assert {note.partition(" has no effect on hybrid")[0] for note in found.notes} == dropped
+    for cell in found.cells:
+        assert (cell.model_config.forget_bias == 2) == ("forget_bias" not in dropped)
+        assert (cell.model_config.lower_bound == "exclusive") == ("lower_bound" not in dropped)
+        assert (cell.model_config.positions == "rope") == ("positions=rope" not in dropped)
+
+
+@pytest.mark.parametrize(("layers", "backend"), [("[hgrn2,attention]", "fla"), ("[hgrn2,mamba]", "chunked"), ("[mamba]", "chunked")])
+def test_a_hybrid_runs_on_a_backend_of_all_its_parts(with_fla, layers, backend):
+    assert one("model=hybrid", f"hybrid.layers={layers}", device="cuda").backend == backend
+    assert one("model=hybrid", f"hybrid.layers={layers}", "backend=reference", device="cuda").backend == "reference"
+
+
+def test_a_part_without_the_backend_is_named(with_fla):
+    message = refusal("model=hybrid", "hybrid.layers=[hgrn2,mamba]", "backend=fla", device="cuda")
+    assert message == "backend=fla: mamba has only reference, chunked"
+    parts = [dataclasses.replace(model_with(backend), name=backend) for backend in ("fla", "chunked")]
+    with pytest.raises(ConfigError, match=r"^no backend is common to fla, chunked$"):
+        resolve_backend("auto", "cuda", model_with(), *parts)
 
 
 # keys

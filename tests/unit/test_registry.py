@@ -46,6 +46,7 @@ class MyMixer(Mixer):
     scale: float | None = 2
     kind: Literal["a", "b"] = "b"
     maybe: Literal["a", "b"] | None = None
+    words: tuple[str, ...] = ("a", "b")
     unannotated = 5
 
 
@@ -149,7 +150,7 @@ def test_suites_are_the_folders_with_a_protocol():
 
 
 def test_unknown_names_are_answered_with_the_nearest():
-    assert refusal(registry.model, "gal").startswith("Unknown model 'gal'. Did you mean 'gla'? Available: attention, ")
+    assert refusal(registry.model, "retnt").startswith("Unknown model 'retnt'. Did you mean 'retnet'? Available: attention, ")
     assert refusal(registry.protocol, "mqra").startswith("Unknown suite 'mqra'. Did you mean 'mqar'? Available: ")
 
 
@@ -184,6 +185,7 @@ def test_settings_are_read_from_the_source_without_importing_it(tmp_path):
         "scale": (float | None, 2.0, ()),
         "kind": (str, "b", ("a", "b")),
         "maybe": (str | None, None, ("a", "b")),
+        "words": (tuple, ("a", "b"), ()),
     }
     assert type(settings(model)["share"][1]) is float
     assert model.facts == {"version": 3, "gated": True, "backends": ("reference",)}
@@ -219,7 +221,22 @@ def test_summary_falls_back_to_the_class(tmp_path):
     assert read(tmp_path, '"""What it is.\n\nMore."""\na: int = 1').summary == "What it is."
 
 
-@pytest.mark.parametrize("annotation", ["list", "list[int]", "int | float", "dict", "Optional[int]", "'int'", "int | str | None", "Tensor"])
+@pytest.mark.parametrize(
+    "annotation",
+    [
+        "list",
+        "list[int]",
+        "int | float",
+        "dict",
+        "Optional[int]",
+        "'int'",
+        "int | str | None",
+        "Tensor",
+        "tuple",
+        "tuple[int, ...]",
+        "tuple[str, ...] | None",
+    ],
+)
 def test_settings_of_other_types_are_refused(tmp_path, annotation):
     message = refusal(read, tmp_path, f"a: {annotation} = None")
     assert message.startswith("M: setting 'a' must be int, float, bool, str, Literal")
@@ -251,6 +268,9 @@ def test_settings_need_a_default(tmp_path):
         ("float", "'x'"),
         ("int", "None"),
         ("Literal['a']", "'b'"),
+        ("tuple[str, ...]", "'a'"),
+        ("tuple[str, ...]", "('a', 1)"),
+        ("tuple[str, ...]", "['a']"),
     ],
 )
 def test_settings_need_a_default_of_their_type(tmp_path, annotation, default):
@@ -265,6 +285,43 @@ def test_facts_that_planning_needs_must_be_literal(tmp_path, fact):
 
 def test_facts_that_planning_does_not_need_may_be_anything(tmp_path):
     assert read(tmp_path, "version: ClassVar[int] = 2\nno_weight_decay: ClassVar[tuple] = (A, B)\ntable = make()").facts == {"version": 2}
+
+
+@pytest.mark.parametrize("body", ["", "layers: int = 2", "layers: str = 'a'", "others: tuple[str, ...] = ('a',)"])
+def test_parts_names_a_setting_that_takes_a_list(tmp_path, body):
+    message = refusal(read, tmp_path, f"parts: ClassVar[str] = 'layers'\n{body}")
+    assert message == "M: 'parts' must name a setting of type tuple[str, ...], not 'layers'"
+
+
+def test_parts_are_the_listed_models_each_once():
+    hybrid = registry.model("hybrid")
+    assert [part.name for part in hybrid.parts({"layers": ("gla", "hgrn2", "gla")})] == ["gla", "hgrn2"]
+    assert registry.model("gla").parts({}) == ()
+
+
+def test_a_full_version_names_the_versions_of_the_parts(monkeypatch):
+    settings = {"layers": ("gla", "hgrn2", "gla")}
+    versions = {name: registry.model(name).version for name in ("hybrid", "gla", "hgrn2")}
+    first = registry.model("hybrid").full_version(settings)
+    assert first == f"{versions['hybrid']} (gla {versions['gla']}, hgrn2 {versions['hgrn2']})"
+    monkeypatch.setitem(registry.model("gla").facts, "version", 99)
+    assert registry.model("hybrid").full_version(settings) == first.replace(f"gla {versions['gla']}", "gla 99")
+    assert registry.model("gla").full_version({}) == "99"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "hybrid.layers=[] names no model"),
+        (("hgrn2", "retnt"), "Unknown model in hybrid.layers 'retnt'. Did you mean 'retnet'? Available: attention, "),
+        (("hgrn2", "hybrid"), "hybrid.layers: 'hybrid' is itself built of other models; list those"),
+        (("./mine.py:Mine",), "Unknown model in hybrid.layers './mine.py:Mine'."),
+    ],
+)
+def test_parts_that_cannot_be_listed_are_refused(names, message):
+    refused = refusal(registry.model("hybrid").parts, {"layers": names})
+    assert refused.startswith(message)
+    assert "hybrid" not in refused.partition("Available")[2]
 
 
 @pytest.mark.parametrize("number", [0, 2])

@@ -11,7 +11,7 @@ import pytest
 from test_results import failed, row
 
 from hgrn2_bench.protocol import Preset, Protocol
-from hgrn2_bench.render import Column, Score, Table, render
+from hgrn2_bench.render import Column, Score, Table, render, short
 from hgrn2_bench.tables import half_interval, make_tables
 
 LRS = (1e-4, 1e-3, 1e-2)
@@ -488,6 +488,27 @@ def test_runs_that_differ_in_how_they_ran_are_lines_of_their_own(name, changes):
     found = lines(only([*run(0.9), *run(0.8, **changes)]))
     assert [f["value"] for f in found] == ["0.900", "0.800"]
     assert found[0][name] != found[1][name]
+
+
+def test_versions_are_compared_within_a_model_only():
+    names = [c.name for c in only([*run(0.9), *run(0.8, model="hybrid", mixer_version="1 (gla 1)")]).columns]
+    assert "version" not in names
+
+
+def test_a_list_is_shown_as_its_words():
+    rows = [
+        *run(0.9, settings={"hybrid.layers": ["gla", "hgrn2"]}, model="hybrid"),
+        *run(0.8, settings={"hybrid.layers": ["gla"]}, model="hybrid"),
+    ]
+    assert [f["hybrid.layers"] for f in lines(only(rows))] == [["gla", "hgrn2"], ["gla"]]
+    assert "| gla, hgrn2 " in render(only(rows), "md")
+    assert short(("hgrn2", "attention")) == "hgrn2, attention"
+
+
+def test_layers_of_several_kinds_are_named_in_a_note():
+    rows = [*run(0.9, model="hybrid", effective={"layers": ["gla", "hgrn2"]}), *run(0.8)]
+    assert noted(only(rows), "layers of hybrid: gla, hgrn2")
+    assert not noted(only(run(0.8)), "layers of")
 
 
 def test_costs_and_fairness_are_columns():

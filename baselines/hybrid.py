@@ -8,7 +8,6 @@ obeys the same protocol (local mixing, forget bias, lower bound, positions) as t
 Shape letters: B batch, T time, D width.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from hgrn2_bench import registry
 from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, MixerState
+from hgrn2_bench.interfaces import Context, Mixer, MixerSpec
 from hgrn2_bench.ops.families import OpInputs
 
 
@@ -39,7 +38,7 @@ class Hybrid(Mixer):
         mixer = registry.load(self.label)
         if spec.backend not in mixer.backends:
             raise ConfigError(f"backend={spec.backend}: {self.label} has only {', '.join(mixer.backends)}")
-        self.part = mixer(replace(spec, settings={}))
+        self.part = mixer(replace(spec, first=self.layers.index(self.label), settings={}))
         for fact in ("gated", "bounded", "rotary", "family"):
             setattr(self, fact, getattr(self.part, fact))
 
@@ -68,10 +67,6 @@ class Hybrid(Mixer):
         """The part's own."""
         out_BTD: Tensor = self.part(x_BTD, ctx)
         return out_BTD
-
-    def step(self, x_BD: Tensor, state: MixerState | None, shared: Mapping[str, Tensor] | None = None) -> tuple[Tensor, MixerState]:
-        """The part's own."""
-        return self.part.step(x_BD, state, shared)
 
     def state_size(self, seq_len: int, itemsize: int = 4) -> int:
         """The part's own."""

@@ -7,7 +7,7 @@ channels:
     w_t = exp(-e^-0.5 sigmoid(w_0 + W_w2 tanh(W_w1 x^w_t)))                  decay per channel, above 0.545
     eta_t = sigmoid(a_0 + W_a2 W_a1 x^a_t)                                    in-context learning rate per channel
     g_t = W_g2 sigmoid(W_g1 x^g_t)                                            output gate
-    v_t <- v_t + (v^0_t - v_t) * sigmoid(v_0 + W_v2 W_v1 x^v_t)               v^0: the values of layer 0; layers after it only
+    v_t <- v_t + (v^0_t - v_t) * sigmoid(v_0 + W_v2 W_v1 x^v_t)               v^0: the values of its first layer; later ones only
     kappa_t = norm(xi * k_t);  k_t <- k_t * (1 + (eta_t - 1) * alpha)         removal key, of unit length per head; replacement key
     S_t = (diag(w_t) - (eta_t * kappa_t) kappa_t^T) S_{t-1} + k_t v_t^T       state, K x K; the paper writes its transpose
     p_t = GroupNorm(S_t^T r_t) + (r_t . (rho * k_t)) v_t                      norm per head; bonus of the current token
@@ -86,7 +86,7 @@ class RWKV7(Mixer):
         self.w_0, self.a_0, self.xi, self.alpha = (nn.Parameter(torch.empty(D)) for _ in range(4))
         self.r_proj, self.k_proj, self.v_proj = (nn.Linear(D, D, bias=False) for _ in range(3))
         self.w_proj, self.a_proj = LowRank(D, self.ranks["w"], nn.Tanh()), LowRank(D, self.ranks["a"], nn.Identity())
-        if spec.layer:
+        if spec.layer > spec.first:
             self.v_0, self.mix_proj = nn.Parameter(torch.empty(D)), LowRank(D, self.ranks["v"], nn.Identity())
         if spec.conv:
             self.conv_r, self.conv_k, self.conv_v = (ShortConv(D, spec.conv, f"conv_{s}") for s in "rkv")
@@ -120,7 +120,7 @@ class RWKV7(Mixer):
             mu_D.copy_(1 - (torch.arange(D) / D) ** (power * (1 - layer / L)))
         self.w_0.copy_(-5.5 + 6 * channel_D ** (1 + depth**0.3) + 2.5 * zigzag_D - self.spec.forget_bias)
         self.a_0.copy_(-0.19 + 0.3 * zigzag_D + 0.4 * centred_D)
-        if layer:
+        if layer > self.spec.first:
             self.v_0.copy_(0.73 - 0.4 * centred_D)
         self.xi.copy_(0.71 - 0.1 * centred_D)
         self.alpha.fill_(1.02)
@@ -148,11 +148,13 @@ class RWKV7(Mixer):
 
     def _with_first_values(self, v_BTD: Tensor, x_BTD: Tensor, ctx: Context) -> Tensor:
         """Layer 0 leaves its values in `ctx.carry`; a later layer moves its own towards them. ValueError where they are missing."""
-        if not self.spec.layer:
+        if self.spec.layer == self.spec.first:
             ctx.carry["values"] = v_BTD
             return v_BTD
         if "values" not in ctx.carry:
-            raise ValueError(f"RWKV7 in layer {self.spec.layer} mixes in the values of layer 0: pass it the `carry` that layer 0 filled")
+            raise ValueError(
+                f"RWKV7 in layer {self.spec.layer} mixes in the values of layer {self.spec.first}: pass it the `carry` that layer filled"
+            )
         share_BTD = torch.sigmoid(self.mix_proj(x_BTD) + self.v_0)
         return v_BTD + (ctx.carry["values"].to(v_BTD.dtype) - v_BTD) * share_BTD.to(v_BTD.dtype)
 
@@ -172,7 +174,7 @@ class RWKV7(Mixer):
 
         Per channel: token shift 13, keys 6, bonus 5, and 3 for the value residual.
         """
-        return 9.0 * self.heads * self.head_k**2 + (24 + 3 * bool(self.spec.layer)) * self.spec.d_model
+        return 9.0 * self.heads * self.head_k**2 + (24 + 3 * (self.spec.layer > self.spec.first)) * self.spec.d_model
 
     def effective(self) -> dict[str, Any]:
         """Heads, ranks, gates and local mixing as built."""

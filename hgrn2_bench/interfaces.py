@@ -34,6 +34,8 @@ class MixerSpec:
     settings: Mapping[str, Any] = field(default_factory=dict)
     max_len: int = 0
     """Tokens of the longest sequence; 0 where it is not known in advance."""
+    first: int = 0
+    """The first layer that has this mixer: 0 unless the layers differ."""
 
 
 @dataclass

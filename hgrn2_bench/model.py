@@ -25,7 +25,8 @@ from hgrn2_bench.layers import FollowsBackend, LayerNorm, RMSNorm
 def mixer_spec(config: ModelConfig, layer: int, backend: str, settings: Mapping[str, Any], max_len: int) -> MixerSpec:
     """What the configuration says to the mixer of one layer."""
     shared = (config.conv, config.forget_bias, config.positions)
-    return MixerSpec(config.d_model, layer, config.num_layers, *shared, backend, settings, max_len)
+    first = 0 if config.first_layer == "none" else 1
+    return MixerSpec(config.d_model, layer, config.num_layers, *shared, backend, settings, max_len, min(first, layer))
 
 
 def make_mixer(config: ModelConfig, mixer: type[Mixer], spec: MixerSpec) -> Mixer:

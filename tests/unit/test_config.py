@@ -22,7 +22,7 @@ from suites.mqar.protocol import MQARConfig
 
 SCHEMAS = (ModelConfig, TrainConfig, CellConfig, MQARConfig)
 FIELDS = [(schema, field) for schema in SCHEMAS for field in dataclasses.fields(schema)]
-KINDS = {kind: [(s, f) for s, f in FIELDS if f.type is kind and not f.metadata.get("choices")] for kind in (int, float, bool)}
+KINDS = {kind: [(s, f) for s, f in FIELDS if f.type is kind and not f.metadata.get("choices")] for kind in (int, float, bool, str)}
 CHOICES = [(s, f) for s, f in FIELDS if f.metadata.get("choices")]
 
 
@@ -168,6 +168,13 @@ def test_convert_takes_true_or_false(schema, field):
         assert convert(schema, field.name, good, field.name) is False
     for bad in (5, 0.5, "abc", "", None, "???"):
         assert "expected true or false" in refusal(convert, schema, field.name, bad, field.name)
+
+
+@pytest.mark.parametrize(("schema", "field"), KINDS[str], ids=key)
+def test_convert_takes_words(schema, field):
+    assert convert(schema, field.name, "gla", field.name) == "gla"
+    for bad in (None, ("a", "b")):
+        refusal(convert, schema, field.name, bad, field.name)
 
 
 @pytest.mark.parametrize(("schema", "field"), CHOICES, ids=key)

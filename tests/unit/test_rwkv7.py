@@ -129,7 +129,7 @@ def test_one_call_does_not_see_the_values_of_another() -> None:
 
 
 def test_a_later_layer_without_the_first_values_says_so() -> None:
-    with pytest.raises(ValueError, match="RWKV7 in layer 1 mixes in the values of layer 0: pass it the `carry` that layer 0 filled"):
+    with pytest.raises(ValueError, match="RWKV7 in layer 1 mixes in the values of layer 0: pass it the `carry` that layer filled"):
         build()(torch.randn(1, T, D))
     assert "mix_proj" not in dict(build(layer=0).named_modules())
 

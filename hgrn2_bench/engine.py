@@ -19,6 +19,7 @@ from hgrn2_bench import measure, provenance, registry
 from hgrn2_bench.cells import CellFolder, replace_file
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.model import SequenceModel
+from hgrn2_bench.ops.autotune import thoroughness
 from hgrn2_bench.plan import Cell, Description, versions
 from hgrn2_bench.protocol import Metric
 from hgrn2_bench.results import Row
@@ -229,6 +230,7 @@ def _effective(cell: Cell, facts: Facts) -> dict[str, Any]:
     built = dict(facts.description.effective) if facts.description else {}
     if cell.device == "cuda":
         built |= {"training_step": facts.training_step, "float32_matmul": torch.get_float32_matmul_precision()}
+        built |= {"kernel_tuning": thoroughness()} if cell.backend == "fla" else {}
     return built
 
 

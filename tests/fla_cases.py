@@ -8,7 +8,7 @@ import builtins
 import json
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hgrn2_bench.ops import families
 from hgrn2_bench.ops import fla as adapter
+from hgrn2_bench.ops.autotune import autotuners
 from hgrn2_bench.ops.families import (
     DecayInputs,
     DeltaInputs,
@@ -233,19 +234,6 @@ def wide(x: Tensor) -> Tensor:
 def to(inputs: OpInputs, convert: Callable[[Tensor], Tensor]) -> OpInputs:
     """The same inputs with every tensor converted."""
     return replace(inputs, **{f.name: convert(x) for f in fields(inputs) if isinstance(x := getattr(inputs, f.name), Tensor)})
-
-
-def autotuners() -> Iterator[Any]:
-    """Every Triton autotuner in the fla modules loaded so far."""
-    from triton.runtime import KernelInterface
-    from triton.runtime.autotuner import Autotuner
-
-    for name in [name for name in sys.modules if name.startswith("fla.")]:
-        for kernel in list(vars(sys.modules[name]).values()):
-            while isinstance(kernel, KernelInterface) and not isinstance(kernel, Autotuner):
-                kernel = getattr(kernel, "fn", None)
-            if isinstance(kernel, Autotuner):
-                yield kernel
 
 
 class Counter(int):

@@ -5,6 +5,7 @@ Mamba's selective scan is absent on purpose: its fast kernel is in another packa
 Shape letters as in `families`; E is 2D: the real and imaginary parts of D complex channels, side by side.
 """
 
+import functools
 import importlib
 import math
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.ops import autotune
 from hgrn2_bench.ops.chunked import softmax as softmax  # torch's own attention kernel on every backend
 from hgrn2_bench.ops.families import (
     DecayInputs,
@@ -213,14 +215,17 @@ def _kernel(entry: str) -> Callable[..., Any]:
     return _function(*_KERNELS[entry])
 
 
+@functools.cache
 def _function(module: str, name: str) -> Callable[..., Any]:
     """A function of fla, which is imported here, at the first call, because that takes 8 seconds."""
     try:
-        return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "fla":
             raise
         raise ConfigError("CUDA runs need fla: pip install flash-linear-attention, or pass backend=chunked") from error
+    autotune.cut()
+    return found
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of fla_cases, where pytest was given this folder alone
-from fla_cases import Case, autotuners, decay_case, delta_case, diagonal_case, errors, low_rank_case, results, slot_case, to
+from fla_cases import Case, decay_case, delta_case, diagonal_case, errors, low_rank_case, results, slot_case, to
 
 from hgrn2_bench.ops import families, fla
+from hgrn2_bench.ops.autotune import autotuners
 from hgrn2_bench.ops.families import DecayInputs, ScalarDecayInputs
 
 pytestmark = [

@@ -8,6 +8,7 @@ from test_results import failed, row
 
 from hgrn2_bench.figures import Plot, make_plots, natural, points_csv
 from hgrn2_bench.protocol import Figure, Preset, Protocol
+from hgrn2_bench.published import preset_settings
 
 WIDTH = Figure("width", "accuracy against width", "d_model", "width", "accuracy", log_x=2)
 RATE = Figure("lr", "accuracy against learning rate", "lr", "learning rate", "accuracy", log_x=10, rows="d_model")
@@ -326,24 +327,36 @@ def test_models_that_the_source_did_not_run_are_called_our_extension():
 # published values
 
 
-@pytest.mark.parametrize(("reproduces", "values"), [(("zoology_figure2",), [1.0, None]), ((), [None, None])])
-def test_published_values_stand_beside_ours_only_where_the_preset_repeats_their_protocol(reproduces, values):
-    presets = {"smoke": Preset("s", "theirs", ("model=attention",), {"len64_kv4": ()}, reproduces)}
-    plot = only(widths(0.9, 0.95, model="attention"), WIDTH, presets=presets)
+ZOOLOGY = {k: v[0] for k, v in preset_settings("mqar", "zoology", "len64_kv4", "attention").items() if k not in ("d_model", "dtype")}
+THEIRS = {"model": "attention", "preset": "zoology"}
+
+
+def repeating(*tables):
+    return {"zoology": Preset("s", "theirs", ("model=attention",), {"len64_kv4": ()}, tables)}
+
+
+@pytest.mark.parametrize(("tables", "values"), [(("zoology_figure2",), [1.0, None]), ((), [None, None])])
+def test_published_values_stand_beside_ours_only_where_the_preset_repeats_their_protocol(tables, values):
+    plot = only(widths(0.9, 0.95, settings=ZOOLOGY, **THEIRS), WIDTH, presets=repeating(*tables))
     assert [p.published for p in plot.points] == values
-    assert ("published values: zoology_figure2" in plot.notes) == bool(reproduces)
-    rates = [r for lr in (1e-3, 1e-2) for r in cell(0.9, settings={"lr": lr}, model="attention")]
-    assert [p.published for p in only(rates, RATE, presets=presets).points] == [None, None]
+    assert ("published values: zoology_figure2" in plot.notes) == bool(tables)
+    rates = [r for lr in (1e-3, 1e-2) for r in cell(0.9, settings=ZOOLOGY | {"lr": lr, "d_model": 64}, **THEIRS)]
+    assert [p.published for p in only(rates, RATE, presets=repeating(*tables)).points] == [None, None]
 
 
 def test_published_values_are_of_the_test_split_and_of_this_protocol_version():
-    presets = {"smoke": Preset("s", "theirs", ("model=attention",), {"len64_kv4": ()}, ("zoology_figure2",))}
+    presets = repeating("zoology_figure2")
     beyond = Figure("odd", "t", "d_model", "x", "accuracy", splits={"test": 1, "test_len2x": 2})
-    rows = cell(0.9, model="attention", beyond={"test_len2x": 0.5})
+    rows = cell(0.9, settings=ZOOLOGY | {"d_model": 64}, beyond={"test_len2x": 0.5}, **THEIRS)
     assert [p.published for p in only(rows, beyond, presets=presets).points] == [1.0, None]
-    assert [p.published for p in only(widths(0.9, 0.9, model="attention"), WIDTH, presets=presets, version=2).points] == [None, None]
-    deep = widths(0.9, 0.9, model="attention", settings={"num_layers": 4})
-    assert [p.published for p in only(deep, WIDTH, presets=presets).points] == [None, None]
+    theirs = widths(0.9, 0.9, settings=ZOOLOGY, **THEIRS)
+    assert [p.published for p in only(theirs, WIDTH, presets=presets, version=2).points] == [None, None]
+
+
+@pytest.mark.parametrize("departs", [{"num_layers": 4}, {"epochs": 1}, {"attention.dropout": 0.0}])
+def test_published_values_stand_beside_no_row_that_departs_from_its_preset(departs):
+    rows = widths(0.9, 0.9, settings=ZOOLOGY | departs, **THEIRS)
+    assert [p.published for p in only(rows, WIDTH, presets=repeating("zoology_figure2")).points] == [None, None]
 
 
 # the numbers as csv

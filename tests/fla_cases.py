@@ -1,10 +1,12 @@
-"""Random inputs for the fla adapter, and its errors against the reference; as a script, on the CPU through Triton's interpreter.
+"""Random inputs for the fla adapter and the layers on it, and their errors; as a script, on the CPU through Triton's interpreter.
 
 `TRITON_INTERPRET=1 python fla_cases.py REPORT` writes {case: {tensor: relative error}}, or the traceback of a case that failed. It needs
 a process of its own: Triton reads the variable at import, and a process where it is set can no longer use a GPU.
 """
 
 import builtins
+import copy
+import importlib
 import json
 import sys
 import traceback
@@ -16,8 +18,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from hgrn2_bench.interfaces import Context
+from hgrn2_bench.layers import FollowsBackend, LayerNorm, RMSNorm, ShortConv
 from hgrn2_bench.ops import families
 from hgrn2_bench.ops import fla as adapter
 from hgrn2_bench.ops.autotune import autotuners
@@ -190,6 +194,52 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "layer norm of 24": partial(LayerNorm, 24),
+    "layer norm of 64": partial(LayerNorm, 64),
+    "rms norm of 24": partial(RMSNorm, 24, eps=1e-5),
+    "rms norm of 64": partial(RMSNorm, 64, eps=1e-5),
+    "conv of width 4": partial(ShortConv, 24, 4, "x"),
+    "conv of width 3 with bias": partial(ShortConv, 40, 3, "x", bias=True),
+}
+"""The layers that have a kernel of fla beside torch's own."""
+
+
+def layer_errors(name: str, dtype: torch.dtype = torch.float32, T: int = 17, start: bool = False, device: str = "cpu") -> dict[str, float]:
+    """||fla - torch|| / ||torch|| of a layer's output and all its gradients for an input of `dtype`; torch computes in float64.
+
+    With `start` a convolution continues after three tokens.
+    """
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    D = layer.conv.in_channels if isinstance(layer, ShortConv) else layer.weight.numel()
+    x_BTD, past_BPD = (torch.randn(2, n, D).to(device, dtype) for n in (T, layer.width - 1 if start else 0))
+    want = layer_results(copy.deepcopy(layer).to(device).double(), wide(x_BTD), wide(past_BPD))
+    layer = layer.to(device)
+    layer.backend = "fla"
+    got = layer_results(layer, x_BTD, past_BPD)
+    return {key: ((wide(got[key]) - tensor).norm() / tensor.norm()).item() for key, tensor in want.items()}
+
+
+def layer_results(layer: nn.Module, x_BTD: Tensor, past_BPD: Tensor) -> dict[str, Tensor]:
+    """Output `y` and the gradients of a random weighting of it: `dx` and one for each parameter; of a convolution also what it keeps."""
+    x_BTD = leaf(x_BTD)
+    ctx = Context(state={"x": (past_BPD,)}, return_state=True) if past_BPD.shape[1] else Context()
+    y_BTD = layer(x_BTD, ctx) if isinstance(layer, ShortConv) else layer(x_BTD)
+    names, leaves = zip(("x", x_BTD), *layer.named_parameters(), strict=True)
+    grads = torch.autograd.grad(weighted(y_BTD, seed=1), leaves)
+    kept = {"kept": ctx.next_state["x"][0].detach()} if ctx.next_state else {}
+    return {"y": y_BTD.detach(), **kept} | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
+
+
+LAYER_CASES: dict[str, Callable[[], dict[str, float]]] = {
+    **{f"{name} {dtype}": partial(layer_errors, name, dtype) for name in LAYERS for dtype in (torch.float32, torch.float16)},
+    **{f"{name} continued": partial(layer_errors, name, start=True) for name in LAYERS if name.startswith("conv")},
+}
+
+
 def errors(inputs: OpInputs, state: State | None, gradients: bool = True) -> dict[str, float]:
     """||fla - reference|| / ||reference|| of the output, the final state and the gradient of every input; the reference runs in float64."""
     want = results(to(inputs, wide), None if state is None else tuple(map(wide, state)), "reference", gradients)
@@ -236,6 +286,14 @@ def to(inputs: OpInputs, convert: Callable[[Tensor], Tensor]) -> OpInputs:
     return replace(inputs, **{f.name: convert(x) for f in fields(inputs) if isinstance(x := getattr(inputs, f.name), Tensor)})
 
 
+def load_kernels() -> None:
+    """Import every fla module that the adapter and the layers use."""
+    for module, _ in adapter._KERNELS.values():
+        importlib.import_module(module)
+    for module in ("fla.modules.norm.layernorm", "fla.modules.causal_conv1d.ops"):
+        importlib.import_module(module)
+
+
 class Counter(int):
     """A loop counter as Triton compiles it: it has `.to`, and its sums and products are counters too."""
 
@@ -262,8 +320,8 @@ def prepare_interpreter() -> None:
     Loop counters get Triton's methods, rows are picked without `tl.gather`, which the interpreter lacks inside kernels, and nothing is
     tuned, since that needs a GPU to measure on.
     """
-    for entry in adapter._KERNELS:
-        adapter._kernel(entry)
+    load_kernels()
+    FollowsBackend.on_triton = lambda self, x: self.backend == "fla"  # there is no CUDA tensor here
     for name, module in list(sys.modules.items()):
         if name.startswith(("fla.ops", "fla.modules")):
             vars(module)["range"] = lambda *bounds: map(Counter, builtins.range(*map(int, bounds)))
@@ -288,9 +346,10 @@ def hopper_refusal() -> str:
 def report() -> dict[str, Any]:
     """Run every case; one that raises leaves its traceback and lets the others run."""
     found: dict[str, Any] = {}
-    for name, make in CASES.items():
+    runs = {name: lambda make=make: errors(*make()) for name, make in CASES.items()}
+    for name, run in (runs | LAYER_CASES).items():
         try:
-            found[name] = errors(*make())
+            found[name] = run()
         except Exception:
             found[name] = traceback.format_exc()
     return found | {"hopper": hopper_refusal()}

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fla_cases import CASES, decay_case, delta_case, diagonal_case, low_rank_case, slot_case
+from fla_cases import CASES, LAYER_CASES, decay_case, delta_case, diagonal_case, low_rank_case, slot_case
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.ops import families, fla
@@ -56,6 +56,16 @@ def test_kernel_matches_reference(case: str, report: dict[str, Any]) -> None:
     assert isinstance(found, dict), found
     assert {"o", "final"} < set(found)
     assert ("dstart" in found) == ("from zero" not in case)
+    tolerance = TOLERANCE_HALF if "float16" in case else TOLERANCE
+    assert all(error < tolerance for error in found.values()), found
+
+
+@pytest.mark.parametrize("case", LAYER_CASES)
+def test_layers_kernel_matches_torch(case: str, report: dict[str, Any]) -> None:
+    found = report[case]
+    assert isinstance(found, dict), found
+    assert {"y", "dx"} < set(found)
+    assert ("kept" in found) == ("continued" in case)
     tolerance = TOLERANCE_HALF if "float16" in case else TOLERANCE
     assert all(error < tolerance for error in found.values()), found
 

@@ -12,7 +12,20 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of fla_cases, where pytest was given this folder alone
-from fla_cases import Case, decay_case, delta_case, diagonal_case, errors, low_rank_case, results, slot_case, to
+from fla_cases import (
+    LAYERS,
+    Case,
+    decay_case,
+    delta_case,
+    diagonal_case,
+    errors,
+    layer_errors,
+    load_kernels,
+    low_rank_case,
+    results,
+    slot_case,
+    to,
+)
 
 from hgrn2_bench.ops import families, fla
 from hgrn2_bench.ops.autotune import autotuners
@@ -40,8 +53,7 @@ TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 2e-2}  # fp32 matrix products
 @pytest.fixture(scope="module", autouse=True)
 def no_tuning() -> Iterator[None]:
     """The first configuration of each kernel, for this file only: these tests check values, and tuning takes minutes."""
-    for family in FAMILIES:
-        fla._kernel(family)
+    load_kernels()
     tuners = list(autotuners())
     kept = [tuner.configs for tuner in tuners]
     for tuner in tuners:
@@ -134,6 +146,22 @@ def test_output_has_the_dtype_of_v(family: str) -> None:
     assert (o_BTHV.dtype, final_BHKV.dtype) == (torch.bfloat16, torch.float32)
     found = errors(inputs, state, gradients=has_gradient(family))
     assert all(error < TOLERANCES[torch.bfloat16] for error in found.values()), found
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("T", [17, 64, 1334])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_layers_kernel_matches_torch(layer: str, T: int, dtype: torch.dtype) -> None:
+    found = layer_errors(layer, dtype, T, device="cuda")
+    tolerance = 1e-4 if dtype == torch.float32 else TOLERANCES[dtype]  # no matrix product, hence no tf32
+    assert all(error < tolerance for error in found.values()), found
+
+
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.startswith("conv")])
+def test_convolution_continues_after_its_state(layer: str) -> None:
+    found = layer_errors(layer, T=65, start=True, device="cuda")
+    assert found["kept"] == 0
+    assert all(error < 1e-4 for error in found.values()), found
 
 
 def test_refused_gradient_raises() -> None:

@@ -85,11 +85,16 @@ class Steps:
         """Record one step without running it. A model that waits for the GPU inside its step cannot be recorded and stays eager."""
         graph, inputs = torch.cuda.CUDAGraph(), tuple(t.clone() for t in batch)
         torch.cuda.synchronize()
+        stream = torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph):
                 loss = self._eager(inputs)
         except RuntimeError as error:
+            torch.cuda.set_stream(stream)  # a failed capture keeps its own stream, and may keep the generator waiting for its end
+            generator = torch.cuda.default_generators[torch.cuda.current_device()]
+            generator.graphsafe_set_state(generator.clone_state())
+            reason = error.__context__ or error  # the end of a failed capture raises too, and says less
             self.capturing = False
-            self.mode = f"eager; cannot be captured in a CUDA graph: {' '.join(str(error).split())[:120]}"
+            self.mode = f"eager; cannot be captured in a CUDA graph: {' '.join(str(reason).split())[:120]}"
             return
         self.captured[shapes], self.mode = _Captured(graph, inputs, loss), "CUDA graph"

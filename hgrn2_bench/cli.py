@@ -183,6 +183,7 @@ def _print_plan(plan: "Plan", descriptions: dict[str, tuple[Any, str]], finished
     from hgrn2_bench.plan import swept, written
     from hgrn2_bench.render import byte_count, count
     from hgrn2_bench.tuning import count as count_cells
+    from hgrn2_bench.tuning import required
 
     groups: dict[str, list[Cell]] = {}
     for cell in plan.cells:
@@ -192,7 +193,7 @@ def _print_plan(plan: "Plan", descriptions: dict[str, tuple[Any, str]], finished
     for cells in groups.values():
         first, (about, fault) = cells[0], descriptions[cells[0].key]
         total = count_cells(cells, plan.protocol)
-        left = min(total, sum(cell.key not in finished for cell in cells))
+        left = total - sum(cell.key in finished for cell in required(cells, finished, plan.protocol))
         varied = ", ".join(f"{k}={written(v)}" for k, v in settings[first.key].items())
         line = [first.task, first.model, varied, f"{total} ({left} to run)"]
         if about is None:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from hgrn2_bench import cli
+from hgrn2_bench.plan import make_plan
 from hgrn2_bench.results import Row, find_rows
 
 TEST = ("run", "suite=mqar", "preset=test")
@@ -84,6 +86,7 @@ def test_light_commands_import_neither_torch_nor_fla_nor_pandas(words, tmp_path)
         (["nonsense"], "expected key=value"),
         (["suite=mqar", "model=./missing.py:Net"], "no file ./missing.py"),
         (["suite=mqar", "backend=fla", "--device", "cpu"], "backend=fla needs a CUDA device"),
+        (["suite=mqar", "first_layer=bse_conv"], "Did you mean 'base_conv'?"),
     ],
 )
 def test_bad_words_give_one_line_and_exit_code_2_without_torch(words, told, tmp_path):
@@ -139,6 +142,41 @@ def test_command_of_a_row_repeats_exactly_that_row(tmp_path):
     same = [row for row in rows if row.cell == chosen.cell]
     ours, theirs = stable(rows_of(tmp_path / "again")), stable(same)
     assert [row | {"command": ""} for row in ours] == [row | {"command": ""} for row in theirs]
+
+
+def test_a_grid_tuned_on_the_first_seed_runs_its_best_point_alone_on_the_others(tmp_path):
+    words = (*TEST, "model=attention", "lr=1e-3,1e-2", "seed=0,1", "tune_on=first_seed")
+    planned = bench(*words, "--dry-run", cwd=tmp_path)
+    assert "3 (3 to run)" in planned.stdout
+    assert "3 cells, cpu" in planned.stdout
+    first = bench(*words, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "2 cells to run" in first.stderr
+    assert "1 cells to run (2 finished before)" in first.stderr
+    assert "lr chosen on validation data of the first seed" in first.stdout
+    tested = [row for row in rows_of(tmp_path / "results/local") if row.metric == "accuracy"]
+    cells = {(row.settings["lr"], row.seed): row.value for row in tested if row.split == "validation"}
+    best = max((1e-3, 1e-2), key=lambda lr: (cells[lr, 0], -lr))
+    assert set(cells) == {(1e-3, 0), (1e-2, 0), (best, 1)}
+    (line,) = [line for line in first.stdout.splitlines() if line.startswith("| attention")]
+    shown = [row.value for seed in (0, 1) for row in tested if (row.split, row.settings["lr"], row.seed) == ("test", best, seed)]
+    assert ", ".join(f"{value:.3f}" for value in shown) in line
+    again = bench(*words, cwd=tmp_path)
+    assert (again.returncode, again.stdout) == (0, first.stdout)
+    assert "cells to run" not in again.stderr
+    assert len(rows_of(tmp_path / "results/local")) == 3 * 4
+    assert "3 (0 to run)" in bench(*words, "--dry-run", cwd=tmp_path).stdout
+    more = bench(*words[:-2], "seed=0,1,2", words[-1], "--dry-run", cwd=tmp_path)
+    assert "4 (1 to run)" in more.stdout
+
+
+def test_on_a_gpu_the_bare_command_names_the_preset_for_it(capsys):
+    plan = make_plan(["suite=mqar", "model=attention", "backend=chunked"], "cuda")
+    for words, hinted in ((["suite=mqar"], True), (["suite=mqar", "preset=smoke"], False)):
+        cli._hint(words, plan)
+        assert ("on this GPU try preset=short: three settings" in capsys.readouterr().err) == hinted
+    cli._hint(["suite=mqar"], make_plan(["suite=mqar", "model=attention"], "cpu"))
+    assert capsys.readouterr().err == ""
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path):

@@ -45,14 +45,14 @@ def floors(task: MQAR) -> dict[str, float]:
     return found
 
 
-def mean_floors(config: MQARConfig, segments: Sequence[Segment]) -> dict[str, float]:
-    """Floors of several segments together, each weighted by its examples."""
+def mean_floors(config: MQARConfig, segments: Sequence[Segment], per_query: bool = False) -> dict[str, float]:
+    """Floors of several segments together, each weighted by its examples, or by its queries."""
     each = [floors(config.only(s)) for s in segments]
     if len(each) == 1:
         return each[0]
-    total = sum(s.examples for s in segments)
+    weights = [s.examples * (s.num_pairs if per_query else 1) for s in segments]
     names = dict.fromkeys(name for found in each for name in found)
-    return {n: sum(f.get(n, 0.0) * s.examples for f, s in zip(each, segments, strict=True)) / total for n in names}
+    return {n: sum(f.get(n, 0.0) * w for f, w in zip(each, weights, strict=True)) / sum(weights) for n in names}
 
 
 class Queries:
@@ -164,11 +164,10 @@ class Runner:
         For a mixture also accuracy on each of its segments.
         """
         parts, segments = [self._right(model, q, split) for q in self.splits[split]], self.segments[split]
-        found = mean_floors(self.config, segments)
         shares, tokens = torch.cat([p.double().mean(1) for p in parts]), torch.cat([p.flatten() for p in parts])
         metrics = [
-            Metric(split, "accuracy", shares.mean().item(), len(shares), found),
-            Metric(split, "accuracy_token", tokens.double().mean().item(), len(tokens), found),
+            Metric(split, "accuracy", shares.mean().item(), len(shares), mean_floors(self.config, segments)),
+            Metric(split, "accuracy_token", tokens.double().mean().item(), len(tokens), mean_floors(self.config, segments, True)),
         ]
         if len(parts) > 1:
             for right_NK, s in zip(parts, segments, strict=True):

@@ -31,9 +31,16 @@ def mixer_spec(config: ModelConfig, layer: int, backend: str, settings: Mapping[
 
 def make_mixer(config: ModelConfig, mixer: type[Mixer], spec: MixerSpec) -> Mixer:
     """The mixer of one layer: the model's own, but in layer 0 the one that `first_layer` names, with its default settings."""
-    if spec.layer == 0 and config.first_layer != "none":
-        return registry.load(config.first_layer)(replace(spec, settings={}))
-    return mixer(spec)
+    if config.first_layer == "none":
+        return mixer(spec)
+    made = mixer(spec) if spec.layer else registry.load(config.first_layer)(replace(spec, settings={}))
+    made.label = made.label or _name(type(made))
+    return made
+
+
+def _name(mixer: type[Mixer]) -> str:
+    """The registry key of a mixer's class; of a user's own, the name of the class."""
+    return next((name for name, model in registry.models().items() if model.module == mixer.__module__), mixer.__name__)
 
 
 class GLU(nn.Module):

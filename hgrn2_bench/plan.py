@@ -286,7 +286,10 @@ class _CellMaker:
 def versions(model: registry.Model, settings: Mapping[str, Any], first_layer: str) -> str:
     """The version of a model and of its parts, with that of the mixer in its first layer where it has one of its own."""
     version = model.full_version(settings)
-    return version if first_layer == "none" else f"{version} {first_layer}:{registry.model(first_layer).version}"
+    if first_layer == "none":
+        return version
+    first = registry.model(first_layer)
+    return f"{version} {first_layer}:{first.full_version(dataclasses.asdict(first.settings()))}"
 
 
 def written(value: Any) -> str:

@@ -8,6 +8,8 @@ from torch import Tensor
 from baselines.attention import Attention, rotate
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, MixerSpec
+from hgrn2_bench.ops import families
+from hgrn2_bench.ops.families import SoftmaxInputs
 
 D, T = 8, 6
 
@@ -106,3 +108,64 @@ def test_cache_and_flops_by_formula() -> None:
     assert mixer.state_size(10, itemsize=2) == 2 * (2 * 64 * 10 + 3 * 3 * 64)
     assert mixer.op_flops(9) == 4 * 64 * 5
     assert build(64, causal=False).op_flops(9) == 4 * 64 * 9
+
+
+# dropout
+
+
+def weights(backend: str, dropout: float, causal: bool, T: int = 48) -> Tensor:
+    """The attention weights (B H, T, T) after dropout: with unit vectors as values they are the output."""
+    q_BTHK, k_BTHK = torch.randn(2, 4, T, 2, 8, generator=torch.Generator().manual_seed(0))
+    v_BTHV = torch.eye(T)[None, :, None].expand(4, T, 2, T)
+    torch.manual_seed(1)
+    o_BTHV, _ = families.run(SoftmaxInputs(q_BTHK, k_BTHK, v_BTHV, scale=0.3, causal=causal, dropout=dropout), backend)
+    return o_BTHV.transpose(1, 2).flatten(0, 1)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_dropout_takes_its_share_of_the_weights_and_scales_the_rest(backend: str, p: float, causal: bool) -> None:
+    plain, dropped = weights(backend, 0.0, causal), weights(backend, p, causal)
+    visible = plain > 0
+    share = (dropped[visible] == 0).double().mean().item()
+    assert share == pytest.approx(p, abs=4 * (p * (1 - p) / visible.sum().item()) ** 0.5)
+    kept = dropped > 0
+    torch.testing.assert_close(dropped[kept], plain[kept] / (1 - p), rtol=1e-4, atol=1e-7)
+    assert not (dropped[~visible] != 0).any()
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_dropout_acts_in_training_only(backend: str) -> None:
+    torch.manual_seed(0)
+    mixer = Attention(MixerSpec(D, backend=backend, settings={"dropout": 0.5}))
+    plain = Attention(MixerSpec(D, backend=backend))
+    plain.load_state_dict(mixer.state_dict())
+    x = torch.randn(1, T, D)
+    assert torch.equal(mixer.eval()(x), plain(x))
+    mixer.train()
+    one, other = mixer(x), mixer(x)
+    assert not torch.allclose(one, other)
+    assert not torch.allclose(one, plain(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_dropout_leaves_the_mean(backend: str) -> None:
+    torch.manual_seed(0)
+    mixer = Attention(MixerSpec(D, backend=backend, settings={"dropout": 0.3}))
+    x = torch.randn(1, T, D)
+    draws = mixer.train()(x.expand(20_000, T, D)) - mixer.eval()(x)
+    error = draws.std(0) / len(draws) ** 0.5
+    assert (draws.mean(0).abs() < 5 * error + 1e-6).all()
+    assert error.max() > 1e-4  # there was something to average
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0, 1.5, math.nan])
+def test_dropout_outside_its_range_is_refused(value: float) -> None:
+    with pytest.raises(ConfigError, match=r"attention\.dropout=.* must be at least 0 and less than 1"):
+        build(dropout=value)
+
+
+def test_dropout_is_in_the_row() -> None:
+    assert build(dropout=0.25).effective()["dropout"] == 0.25

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hgrn2_bench import engine, executor
+from hgrn2_bench import engine, executor, worker
 from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.executor import LocalExecutor, default_workers
@@ -130,6 +130,79 @@ def test_default_workers_respect_a_container_s_quota(content, expected, monkeypa
     monkeypatch.setattr(Path, "read_text", lambda _: content)
     assert default_workers("cpu") == expected
     assert default_workers("cuda") == 1
+
+
+def test_a_row_names_the_layers_where_the_first_one_differs(tmp_path):
+    (cell,) = cells("model=hgrn2", "first_layer=base_conv", "num_layers=2")
+    row = run(cell, tmp_path)[0]
+    assert (row.status, row.mixer_version) == ("ok", "1 base_conv:1")
+    assert row.effective["layers"] == ["base_conv", "hgrn2"]
+
+
+# one GPU for each worker
+
+
+@pytest.mark.parametrize(
+    ("seen", "gpu", "visible"),
+    [
+        (None, 0, "0"),
+        (None, 3, "3"),
+        ("5,7", 1, "7"),
+        ("GPU-abc,GPU-def", 0, "GPU-abc"),
+        ("4", 0, "4"),
+        ("", 0, ""),  # the user hides every GPU
+    ],
+)
+def test_a_worker_sees_one_of_the_gpus_that_its_parent_sees(seen, gpu, visible, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def inbox(pipe):
+        raise Stop
+
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "")  # so that they come back
+    if seen is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    monkeypatch.setattr(worker, "_Inbox", inbox)
+    with pytest.raises(Stop):
+        worker.main(None, 1, gpu)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == visible
+
+
+class Idle:
+    """A worker that is there and does nothing."""
+
+    def __init__(self, threads, gpu):
+        self.gpu, self.order, self.ready = gpu, None, True
+
+    def send(self, order):
+        self.order = order
+
+
+@pytest.mark.parametrize(("gpus", "workers", "places"), [(0, 3, [0, 0, 0]), (1, 2, [0, 0]), (2, 4, [0, 1, 0, 1]), (4, 3, [0, 1, 2])])
+def test_workers_are_spread_over_the_gpus(gpus, workers, places, monkeypatch):
+    monkeypatch.setattr(executor, "cuda_devices", lambda: gpus)
+    monkeypatch.setattr(executor, "_Worker", Idle)
+    pool = LocalExecutor(workers)
+    monkeypatch.setattr(pool, "_readable", lambda: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):
+        list(pool.run(cells("model=attention", "seed=0,1,2,3,4"), Path()))
+    assert [each.gpu for each in pool.workers] == places
+    assert default_workers("cuda") == max(1, gpus)
+
+
+def test_a_lost_worker_s_gpu_is_the_next_one_s(monkeypatch):
+    monkeypatch.setattr(executor, "cuda_devices", lambda: 3)
+    monkeypatch.setattr(executor, "_Worker", Idle)
+    pool = LocalExecutor(3)
+    pool.workers = [Idle(1, 0), Idle(1, 2)]
+    monkeypatch.setattr(pool, "_readable", lambda: (_ for _ in ()).throw(InterruptedError))
+    with pytest.raises(InterruptedError):
+        list(pool.run(cells("model=attention", "seed=0,1,2"), Path()))
+    assert [each.gpu for each in pool.workers] == [0, 2, 1]
 
 
 def test_worker_that_cannot_start_is_one_line(tmp_path, monkeypatch):

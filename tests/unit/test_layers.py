@@ -3,8 +3,24 @@ import math
 import pytest
 import torch
 
+from hgrn2_bench.config import ModelConfig
+from hgrn2_bench.hgrn2 import HGRN2
 from hgrn2_bench.interfaces import Context, MixerSpec
-from hgrn2_bench.layers import ForgetGate, ShortConv, conv_buffers, conv_names, forget_gate, l2_norm, rms_norm, token_shift
+from hgrn2_bench.layers import (
+    FollowsBackend,
+    ForgetGate,
+    LayerNorm,
+    RMSNorm,
+    ShortConv,
+    conv_buffers,
+    conv_names,
+    forget_gate,
+    l2_norm,
+    rms_norm,
+    token_shift,
+)
+from hgrn2_bench.model import SequenceModel
+from hgrn2_bench.ops import fla
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -120,3 +136,73 @@ def test_l2_norm_has_length_one_in_any_dtype_and_leaves_zero_alone() -> None:
     l2_norm(zero).sum().backward()
     assert zero.grad is not None
     assert zero.grad.isfinite().all()
+
+
+# layers that have a kernel of fla; the kernels' numbers are in test_fla_interpreter.py and gpu/test_fla_gpu.py
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference", "fla"])
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+def test_a_model_tells_its_backend_to_every_layer_that_follows_it(backend: str, norm: str) -> None:
+    model = SequenceModel(ModelConfig(d_model=16, conv=4, norm=norm), HGRN2, {}, backend, 11, 12)
+    followers = [module for module in model.modules() if isinstance(module, FollowsBackend)]
+    assert {type(module) for module in followers} == {ShortConv, LayerNorm if norm == "layernorm" else RMSNorm, LayerNorm}
+    assert {module.backend for module in followers} == {backend}
+
+
+@pytest.mark.parametrize("make", [LayerNorm, RMSNorm])
+def test_norms_are_torch_s_own_off_the_gpu(make: type[torch.nn.Module]) -> None:
+    torch.manual_seed(0)
+    mine, plain = make(8, eps=1e-5), {LayerNorm: torch.nn.LayerNorm, RMSNorm: torch.nn.RMSNorm}[make](8, eps=1e-5)
+    x = torch.randn(2, 3, 8)
+    for backend in ("chunked", "fla"):
+        mine.backend = backend  # on the CPU no Triton kernel can run, whatever the backend
+        assert torch.equal(mine(x), plain(x))
+    assert mine.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype]]:
+    """What reaches fla's kernels, as (name, dtype of the input); every tensor counts as one on a GPU."""
+    found: list[tuple[str, torch.dtype]] = []
+
+    def kernel(name: str):
+        def run(x: torch.Tensor, *_: object) -> torch.Tensor:
+            found.append((name, x.dtype))
+            return x
+
+        return run
+
+    for name in ("layer_norm", "rms_norm", "causal_conv"):
+        monkeypatch.setattr(fla, name, kernel(name))
+    monkeypatch.setattr(FollowsBackend, "on_triton", lambda self, x: self.backend == "fla")
+    return found
+
+
+def test_norms_take_fla_s_kernel_while_training_on_fla_only(asked: list[tuple[str, torch.dtype]]) -> None:
+    x = torch.randn(2, 3, 8).bfloat16()
+    for layer in (LayerNorm(8).bfloat16(), RMSNorm(8, eps=1e-5).bfloat16()):
+        layer(x)
+        layer.backend = "fla"
+        with torch.no_grad():
+            layer(x)
+        assert asked == []
+        layer(x)
+        assert asked == [("layer_norm", torch.float32) if isinstance(layer, LayerNorm) else ("rms_norm", torch.bfloat16)]
+        asked.clear()
+    without = RMSNorm(8)  # torch chooses eps by the dtype
+    without.backend = "fla"
+    without(x.float())
+    assert asked == []
+
+
+def test_a_convolution_gives_fla_s_kernel_what_it_holds_and_takes_it_off_again(asked: list[tuple[str, torch.dtype]]) -> None:
+    conv, x = ShortConv(2, 4, "conv_x"), torch.arange(1.0, 21).reshape(2, 5, 2)
+    conv.backend = "fla"
+    ctx = Context(return_state=True)
+    with torch.no_grad():
+        assert torch.equal(conv(x, Context()), x)  # nothing before it: nothing is padded
+        assert torch.equal(conv(x, ctx), x)
+        assert torch.equal(conv(x, Context(state=ctx.next_state)), x)
+    assert torch.equal(ctx.next_state["conv_x"][0], x[:, 2:])
+    assert asked == [("causal_conv", torch.float32)] * 3

@@ -171,3 +171,58 @@ def test_local_mixing_is_what_was_built_not_what_was_asked():
     asked = SequenceModel(dataclasses.replace(BASE, conv=4), recomputing(Backwards), {}, "module", 11, 12)
     assert measure.effective(asked)["local_mixing"] == "none"
     assert measure.effective(build(conv=3))["local_mixing"] == "conv 3"
+
+
+# another mixer in layer 0
+
+
+def test_layer_0_is_the_first_layer_s_mixer_with_its_default_settings():
+    model = build("hgrn2", first_layer="base_conv", num_layers=3, settings={"expand_ratio": 8})
+    assert [type(m).__name__ for m in model.mixers] == ["BaseConv", "HGRN2", "HGRN2"]
+    assert [m.spec.layer for m in model.mixers] == [0, 1, 2]
+    assert [m.spec.first for m in model.mixers] == [0, 1, 1]
+    assert [dict(m.spec.settings) for m in model.mixers] == [{}, {"expand_ratio": 8}, {"expand_ratio": 8}]
+    same = build("base_conv", first_layer="base_conv", num_layers=2, settings={"width": 5})
+    assert [m.width for m in same.mixers] == [3, 5]
+    assert {m.spec.first for m in build("hgrn2", num_layers=3).mixers} == {0}
+
+
+@pytest.mark.parametrize(("first", "other"), [("base_conv", "attention"), ("hgrn2", "mamba"), ("rwkv7", "gla"), ("gla", "rwkv7")])
+def test_a_model_with_another_first_layer_is_causal_and_trains(first, other):
+    model = build(other, first_layer=first, conv=4)
+    assert [type(m) for m in model.mixers] == [registry.load(first), registry.load(other)]
+    one, two = tokens(), tokens()
+    two[:, 7] = (two[:, 7] + 1) % 11
+    torch.testing.assert_close(model(one)[:, :7], model(two)[:, :7])
+    assert not torch.allclose(model(one)[:, 7:], model(two)[:, 7:])
+    model(one).square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.mixers[0].parameters())
+
+
+def test_costs_and_facts_count_the_first_layer():
+    mixed, alike = build("hgrn2", first_layer="base_conv"), build("hgrn2")
+    assert measure.state_bytes(mixed, 12, 4) == sum(m.state_size(12, 4) for m in mixed.mixers) != measure.state_bytes(alike, 12, 4)
+    found = measure.effective(mixed)
+    assert found["layers"] == ["base_conv", "hgrn2"]
+    assert found["kernel"] == "base_conv: the module's own; hgrn2: chunked.per_channel_decay"
+    assert found["causal"] is True
+    assert "layers" not in measure.effective(alike)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "layers"),
+    [
+        ("hybrid", {"layers": ("gla", "attention")}, ["base_conv", "attention", "gla", "attention"]),
+        ("base_conv", None, None),  # all alike
+    ],
+)
+def test_layers_are_named_where_they_differ(name, settings, layers):
+    model = build(name, first_layer="base_conv", num_layers=4, settings=settings)
+    assert measure.effective(model).get("layers") == layers
+
+
+def test_a_class_of_the_user_s_own_is_named_beside_the_first_layer():
+    torch.manual_seed(0)
+    config = dataclasses.replace(BASE, first_layer="gla")
+    model = SequenceModel(config, recomputing(Backwards), {}, "chunked", 11, 12)
+    assert measure.effective(model)["layers"] == ["gla", "Backwards"]

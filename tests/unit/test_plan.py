@@ -464,6 +464,26 @@ def test_rope_without_effect_is_noted():
     assert any("positions=rope has no effect on hgrn2" in note for note in planned("model=hgrn2", "positions=rope").notes)
 
 
+# another mixer in layer 0
+
+
+def test_the_version_of_a_cell_names_that_of_its_first_layer(monkeypatch):
+    plain, before = one("model=hgrn2"), one("model=hgrn2", "first_layer=base_conv")
+    assert (plain.mixer_version, before.mixer_version) == ("1", "1 base_conv:1")
+    monkeypatch.setitem(registry.model("base_conv").facts, "version", 99)
+    after = one("model=hgrn2", "first_layer=base_conv")
+    assert after.mixer_version == "1 base_conv:99"
+    assert after.key != before.key
+    assert one("model=hgrn2").key == plain.key
+    assert [cell.key for cell in again(after)] == [after.key]
+    assert one("model=gla", "first_layer=hybrid").mixer_version == "1 hybrid:1 (hgrn2 1, attention 1)"
+
+
+@pytest.mark.parametrize("word", ["first_layer=bse_conv", "hgrn2.first_layer=bse_conv"])
+def test_an_unknown_first_layer_is_refused_with_the_nearest_name(word):
+    assert refusal("model=hgrn2", word).startswith("Unknown first_layer 'bse_conv'. Did you mean 'base_conv'? Available: attention, ")
+
+
 # a model built of others
 
 

@@ -218,7 +218,7 @@ def test_a_verdict_gives_our_fraction_in_per_cent_where_the_published_value_is()
 
 
 def test_presets_that_repeat_one_table_are_never_pooled():
-    rows = [ours(0.5, preset="zoology_head", seed=1), ours(0.8, seed=0)]
+    rows = [ours(0.5, preset="zoology_head", seed=1), ours(0.8, seed=0), ours(0.4, preset="zoology_head", seed=2)]
     shown, words = verdict(quoted(), rows, OURS)
     assert shown == "0.800"
     assert words.startswith("within (preset zoology, range of 1 seed")

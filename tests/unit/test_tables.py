@@ -1,6 +1,7 @@
 """Tables as a pure function of rows: what is compared, what counts as worst, what is chosen on which split, what is said beside it."""
 
 import csv
+import dataclasses
 import io
 import itertools
 import random
@@ -203,6 +204,30 @@ def test_one_learning_rate_is_chosen_for_all_seeds():
     rows = [*grid((0.2, 0.9, 0.1), seed=0), *grid((0.8, 0.3, 0.1), seed=1)]
     (found,) = lines(only(rows))
     assert (found["lr"], found["value"]) == (1e-3, "0.900, 0.300")
+
+
+def tuned_alone(*others):
+    """Two rates on seed 0, of which the lower is better, and the lower on other seeds with the given values."""
+    first = {"tune_on": "first_seed"}
+    rows = [*run(0.9, settings=first | {"lr": 1e-3}), *run(0.8, settings=first | {"lr": 1e-2})]
+    for seed, value in enumerate(others, 1):
+        settings = first | {"lr": 1e-3}
+        rows += [failed("failed", "boom", seed=seed, settings=settings)] if value is None else run(value, seed=seed, settings=settings)
+    return rows
+
+
+@pytest.mark.parametrize("others", [(0.1, 0.2), (0.95, 0.99), (None, 0.1), (None, None)])
+def test_seeds_beside_the_one_that_was_tuned_on_have_no_say(others):
+    rows = tuned_alone(*others)
+    assert line(rows)["lr"] == 1e-3
+    assert line([r for r in rows if r.seed == 0])["lr"] == 1e-3
+    assert noted(only(rows), "lr chosen on validation data of the first seed")
+
+
+def test_every_seed_has_a_say_where_every_seed_was_tuned():
+    rows = [dataclasses.replace(r, settings={**r.settings, "tune_on": "every_seed"}) for r in tuned_alone(0.1, 0.2)]
+    assert line(rows)["lr"] == 1e-2
+    assert not noted(only(rows), "first seed")
 
 
 def test_the_lowest_value_is_chosen_where_lower_is_better():

@@ -3,12 +3,15 @@
 Imports no torch, fla or pandas: cells run in worker processes, and listing reads names and source text only.
 """
 
-import json
+import contextlib
+import dataclasses
+import inspect
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +21,8 @@ from hgrn2_bench import registry
 from hgrn2_bench.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
-    from hgrn2_bench.executor import LocalExecutor
     from hgrn2_bench.figures import Plot
-    from hgrn2_bench.plan import Cell, Plan
+    from hgrn2_bench.plan import Plan
     from hgrn2_bench.results import Row
 
 DEFAULT_RESULTS = Path("results/local")
@@ -48,168 +50,88 @@ def main() -> None:
         sys.exit(2)
 
 
-@app.command()
+@dataclass(frozen=True)
+class RunOptions:
+    """How a plan is run; what is run stands in the words."""
+
+    results: Results = DEFAULT_RESULTS
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False
+    force: Annotated[bool, typer.Option("--force", help="Run finished cells again.")] = False
+    workers: Annotated[int, typer.Option(help="Worker processes; 0 for one per core (CPU) or one (GPU).", min=0)] = 0
+    timeout: Annotated[float, typer.Option(help="Seconds that one cell may take; 0 for no limit.", min=0)] = 0
+
+
+def _spread(command: Callable[[list[str], RunOptions], None]) -> Callable[..., None]:
+    """A command of words and options as Typer reads it: with one parameter for each field of the options."""
+
+    def spread(words: list[str], **fields: Any) -> None:
+        command(words, RunOptions(**fields))
+
+    words = inspect.signature(command).parameters["words"]
+    fields = [words.replace(name=f.name, default=f.default, annotation=f.type) for f in dataclasses.fields(RunOptions)]
+    spread.__doc__ = command.__doc__
+    spread.__dict__["__signature__"] = inspect.Signature([words, *fields])
+    spread.__annotations__ = {each.name: each.annotation for each in (words, *fields)}
+    return spread
+
+
+@app.command(name="run")
+@_spread
 def run(
     words: Annotated[list[str], typer.Argument(help="key=value words; a comma is a sweep: suite=mqar model=hgrn2,gla seed=0,1")],
-    results: Results = DEFAULT_RESULTS,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Run finished cells again.")] = False,
-    workers: Annotated[int, typer.Option(help="Worker processes; 0 for one per core (CPU) or one (GPU).", min=0)] = 0,
-    timeout: Annotated[float, typer.Option(help="Seconds that one cell may take; 0 for no limit.", min=0)] = 0,
+    options: RunOptions,
 ) -> None:
     """Run a suite: plan, train, evaluate, print the table. Finished cells are not run again."""
-    from hgrn2_bench.cells import CellFolder, check_results
     from hgrn2_bench.executor import LocalExecutor, default_workers
     from hgrn2_bench.plan import make_plan
-    from hgrn2_bench.tuning import required
+    from hgrn2_bench.running import Run
 
-    if device not in DEVICES:
-        raise unknown("device", device, DEVICES)
-    plan = make_plan(words, _device(device))
+    plan = make_plan(words, _device(options.device))
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
-    finished = {} if force else {cell.key: rows for cell in plan.cells if (rows := CellFolder(results, cell).rows()) is not None}
-    todo = [cell for cell in plan.cells if cell.key not in finished]
-    if todo and not dry_run:
-        check_results(results)
-    count = workers or default_workers(plan.cells[0].device)
-    signal.signal(signal.SIGTERM, _stop)
+    with _stoppable(), LocalExecutor(options.workers or default_workers(plan.cells[0].device)) as executor:
+        planned = Run(plan, executor, options.results, options.force, options.timeout or None)
+        if options.dry_run:
+            planned.print_plan()
+            return
+        planned.execute(_hint(words, plan))
+    _print_tables(planned.rows, plan.protocol.name, "md")
+    print(f"rows: {options.results}/cells/{plan.protocol.name}/<cell>/rows.jsonl", file=sys.stderr)
+    sys.exit(0 if planned.is_well else 1)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Work that Ctrl-C, or a polite kill (Slurm, timeout), ends with one line and exit code 130."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
     try:
-        with LocalExecutor(count) as executor:
-            descriptions = _describe(executor, plan.cells if dry_run else todo, dry_run and plan.cells[0].device == "cpu", timeout or None)
-            if dry_run:
-                _print_plan(plan, descriptions, finished, count)
-                return
-            if todo:
-                _hint(words, plan)
-            while todo := [cell for cell in required(plan.cells, finished, plan.protocol) if cell.key not in finished]:
-                print(_opening(plan, todo, len(finished), count), file=sys.stderr)
-                ran = _run_cells(executor, todo, descriptions, results, force, timeout or None)
-                finished |= ran
-                if len(ran) < len(todo):
-                    break
-    except KeyboardInterrupt:  # while planning; running cells have a stop of their own
+        yield
+    except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
-    rows = [row for cell in plan.cells for row in finished.get(cell.key, [])]
-    _print_tables(rows, plan.protocol.name, "md")
-    print(f"rows: {results}/cells/{plan.protocol.name}/<cell>/rows.jsonl", file=sys.stderr)
-    lost = any(cell.key not in finished for cell in required(plan.cells, finished, plan.protocol))
-    sys.exit(1 if lost or any(row.status not in ("ok", "skipped") for row in rows) else 0)
-
-
-def _stop(*_: Any) -> None:
-    """A polite kill (Slurm, timeout) is as good as Ctrl-C."""
-    raise KeyboardInterrupt
 
 
 def _device(name: str) -> str:
     from hgrn2_bench.provenance import cuda_devices
 
+    if name not in DEVICES:
+        raise unknown("device", name, DEVICES)
     if name == "cuda" and not cuda_devices():
         raise ConfigError("--device cuda: the driver shows no GPU; use --device cpu")
     return ("cuda" if cuda_devices() else "cpu") if name == "auto" else name
 
 
-def _hint(words: Sequence[str], plan: "Plan") -> None:
+def _hint(words: Sequence[str], plan: "Plan") -> str:
     """On a GPU the preset for a laptop's CPU is not what its owner came for: name the one that is, with what it takes."""
     short = plan.protocol.presets.get("short")
-    if plan.cells[0].device == "cuda" and short and not any(word.startswith("preset=") for word in words):
-        print(f"note: preset {plan.preset} is made for a CPU; on this GPU try preset=short: {short.summary}", file=sys.stderr)
-
-
-def _opening(plan: "Plan", todo: "Sequence[Cell]", done: int, workers: int) -> str:
-    """One line that says what starts."""
-    first = todo[0]
-    kept = f" ({done} finished before)" if done else ""
-    backends = ", ".join(sorted({cell.backend for cell in todo}))
-    return (
-        f"{plan.protocol.name} preset {plan.preset}: {len(todo)} cells to run{kept}; {first.device}, {first.dtype}, backend {backends}, "
-        f"{workers} worker{'s' * (workers > 1)}"
-    )
-
-
-def _alike(cell: "Cell") -> str:
-    """Cells that build the same model and cost the same: equal but for seed and learning rate."""
-    content = cell.to_json() | {"seed": 0, "command": ""}
-    return json.dumps(content | {"train": content["train"] | {"lr": 0}}, sort_keys=True)
-
-
-def _describe(executor: "LocalExecutor", cells: "Sequence[Cell]", probe: bool, timeout: float | None) -> dict[str, tuple[Any, str]]:
-    """A description for each cell's key, made once for cells that are alike."""
-    groups: dict[str, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(_alike(cell), []).append(cell)
-    found = executor.describe([group[0] for group in groups.values()], probe, timeout)
-    return {cell.key: found[group[0].key] for group in groups.values() for cell in group}
-
-
-def _run_cells(
-    executor: "LocalExecutor",
-    todo: "Sequence[Cell]",
-    descriptions: dict[str, tuple[Any, str]],
-    results: Path,
-    force: bool,
-    timeout: float | None,
-) -> "dict[str, list[Row]]":
-    """Run the cells, the dearest first, and return their rows; Ctrl-C checkpoints what runs and exits with 130."""
-    from hgrn2_bench.console import Monitor, names
-
-    about = {cell.key: descriptions[cell.key][0] for cell in todo}
-    costs = {key: (d.train_flops_per_token or 6 * d.parameters) * d.tokens / 1e12 if d else 1.0 for key, d in about.items()}
-    ordered = sorted(todo, key=lambda cell: -costs[cell.key])
-    found: dict[str, list[Row]] = {}
-    with Monitor(costs, names(todo)) as monitor:
-        try:
-            for event in executor.run(ordered, results, force, timeout):
-                monitor.hear(event)
-                if event.kind == "done":
-                    found[event.cell.key] = event.content[0]
-        except KeyboardInterrupt:
-            monitor.say("stopping: running cells write a checkpoint")
-            for event in executor.stop():
-                monitor.hear(event)
-            monitor.say(f"stopped; the same command{' without --force' * force} continues")
-            sys.exit(130)
-    return found
-
-
-def _print_plan(plan: "Plan", descriptions: dict[str, tuple[Any, str]], finished: "dict[str, list[Row]]", workers: int) -> None:
-    """The plan: one line for each group of cells that differ in seed and learning rate only."""
-    from tabulate import tabulate
-
-    from hgrn2_bench.console import duration
-    from hgrn2_bench.plan import swept, written
-    from hgrn2_bench.render import byte_count, count
-    from hgrn2_bench.tuning import count as count_cells
-    from hgrn2_bench.tuning import required
-
-    groups: dict[str, list[Cell]] = {}
-    for cell in plan.cells:
-        groups.setdefault(_alike(cell), []).append(cell)
-    settings = {key: {k: v for k, v in each.items() if k != "lr"} for key, each in swept(plan.cells).items()}
-    lines, seconds = [], 0.0
-    for cells in groups.values():
-        first, (about, fault) = cells[0], descriptions[cells[0].key]
-        total = count_cells(cells, plan.protocol)
-        left = total - sum(cell.key in finished for cell in required(cells, finished, plan.protocol))
-        varied = ", ".join(f"{k}={written(v)}" for k, v in settings[first.key].items())
-        line = [first.task, first.model, varied, f"{total} ({left} to run)"]
-        if about is None:
-            lines.append([*line, f"cannot be built: {fault}"])
-            continue
-        each = duration(about.seconds) if about.seconds is not None else "–"
-        seconds += left * (about.seconds or 0)
-        sizes = [count(about.parameters), count(about.non_embedding_parameters), byte_count(about.state_bytes)]
-        flops = about.train_flops_per_token
-        lines.append([*line, *sizes, about.steps, count(flops and flops * about.tokens), each])
-    names = ["task", "model", "settings", "cells", "parameters", "non-embedding", "state", "steps", "train FLOPs", "time a cell (estimate)"]
-    print(tabulate(lines, names, tablefmt="github", disable_numparse=True))
-    first = plan.cells[0]
-    print(f"\n{count_cells(plan.cells, plan.protocol)} cells, {first.device}, {first.dtype}; protocol version {first.protocol_version}")
-    if first.device == "cpu":
-        print(f"estimate without early stops: {duration(seconds / workers)} with {workers} worker{'s' * (workers > 1)}")
+    if plan.cells[0].device != "cuda" or short is None or any(word.startswith("preset=") for word in words):
+        return ""
+    return f"note: preset {plan.preset} is made for a CPU; on this GPU try preset=short: {short.summary}"
 
 
 @app.command(name="list")
@@ -238,8 +160,6 @@ def _print_all() -> None:
 
 
 def _print_suite(name: str) -> None:
-    import dataclasses
-
     from hgrn2_bench.plan import sections
 
     protocol = registry.protocol(name)
@@ -255,8 +175,6 @@ def _print_suite(name: str) -> None:
 
 
 def _print_model(ref: str) -> None:
-    import dataclasses
-
     from hgrn2_bench.plan import written
 
     model = registry.model(ref)

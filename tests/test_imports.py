@@ -42,6 +42,7 @@ LIGHT = (
     "provenance",
     "cells",
     "executor",
+    "running",
 )
 
 

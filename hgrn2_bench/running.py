@@ -1,0 +1,148 @@
+"""One run of a plan: what is finished, what the rest costs, and the cells run in the order that ends soonest."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+from hgrn2_bench import tuning
+from hgrn2_bench.cells import CellFolder, check_results
+from hgrn2_bench.console import Monitor, duration, names
+from hgrn2_bench.executor import LocalExecutor
+from hgrn2_bench.plan import Cell, Plan, swept, written
+from hgrn2_bench.render import byte_count, count
+from hgrn2_bench.results import Row
+
+COLUMNS = ("task", "model", "settings", "cells", "parameters", "non-embedding", "state", "steps", "train FLOPs", "time a cell (estimate)")
+
+
+def alike(cell: Cell) -> str:
+    """Cells that build the same model and cost the same: equal but for seed and learning rate."""
+    content = cell.to_json() | {"seed": 0, "command": ""}
+    return json.dumps(content | {"train": content["train"] | {"lr": 0}}, sort_keys=True)
+
+
+def grouped(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells that are alike, together."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(alike(cell), []).append(cell)
+    return list(groups.values())
+
+
+class Run:
+    """A plan, the executor that runs its cells, and the rows so far.
+
+    `force` takes no cell as finished; a cell that takes more than `timeout_s` seconds is given up.
+    """
+
+    def __init__(self, plan: Plan, executor: LocalExecutor, results: Path, force: bool = False, timeout_s: float | None = None) -> None:
+        self.plan, self.executor, self.results, self.force, self.timeout_s = plan, executor, results, force, timeout_s
+        kept = {} if force else {cell.key: CellFolder(results, cell).rows() for cell in plan.cells}
+        self.finished = {key: rows for key, rows in kept.items() if rows is not None}
+
+    @property
+    def todo(self) -> list[Cell]:
+        """Cells of the plan without rows, whether or not tuning will ask for them."""
+        return [cell for cell in self.plan.cells if cell.key not in self.finished]
+
+    @property
+    def required(self) -> list[Cell]:
+        """Cells without rows that are to run now, as far as the finished ones tell."""
+        return [cell for cell in tuning.required(self.plan.cells, self.finished, self.plan.protocol) if cell.key not in self.finished]
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of all finished cells, in the plan's order."""
+        return [row for cell in self.plan.cells for row in self.finished.get(cell.key, [])]
+
+    @property
+    def is_well(self) -> bool:
+        """Whether every cell that was to run has rows, and none of them a failure."""
+        return not self.required and all(row.status in ("ok", "skipped") for row in self.rows)
+
+    def describe(self, cells: Sequence[Cell], probe: bool = False) -> dict[str, tuple[Any, str]]:
+        """A description, or None and a fault, for each cell's key, made once for cells that are alike. ConfigError for illegal settings."""
+        groups = grouped(cells)
+        found = self.executor.describe([group[0] for group in groups], probe, self.timeout_s)
+        return {cell.key: found[group[0].key] for group in groups for cell in group}
+
+    def execute(self, hint: str = "") -> None:
+        """Run what is to run; `hint` is said once the cells are known to be legal. Ctrl-C checkpoints what runs and exits with 130."""
+        if not self.todo:
+            return
+        check_results(self.results)
+        descriptions = self.describe(self.todo)
+        if hint:
+            print(hint, file=sys.stderr)
+        while cells := self.required:
+            print(self._opening(cells), file=sys.stderr)
+            ran = self._run_cells(cells, {cell.key: descriptions[cell.key][0] for cell in cells})
+            self.finished |= ran
+            if len(ran) < len(cells):
+                return
+
+    def _opening(self, cells: Sequence[Cell]) -> str:
+        """One line that says what starts."""
+        first, done = cells[0], len(self.finished)
+        kept = f" ({done} finished before)" if done else ""
+        backends = ", ".join(sorted({cell.backend for cell in cells}))
+        return (
+            f"{self.plan.protocol.name} preset {self.plan.preset}: {len(cells)} cells to run{kept}; {first.device}, {first.dtype}, "
+            f"backend {backends}, {_workers(self.executor.count)}"
+        )
+
+    def _run_cells(self, cells: Sequence[Cell], about: dict[str, Any]) -> dict[str, list[Row]]:
+        """Run the cells, the dearest first, and return their rows."""
+        costs = {key: (d.train_flops_per_token or 6 * d.parameters) * d.tokens / 1e12 if d else 1.0 for key, d in about.items()}
+        ordered = sorted(cells, key=lambda cell: -costs[cell.key])
+        found: dict[str, list[Row]] = {}
+        with Monitor(costs, names(cells)) as monitor:
+            try:
+                for event in self.executor.run(ordered, self.results, self.force, self.timeout_s):
+                    monitor.hear(event)
+                    if event.kind == "done":
+                        found[event.cell.key] = event.content[0]
+            except KeyboardInterrupt:
+                monitor.say("stopping: running cells write a checkpoint")
+                for event in self.executor.stop():
+                    monitor.hear(event)
+                monitor.say(f"stopped; the same command{' without --force' * self.force} continues")
+                sys.exit(130)
+        return found
+
+    def print_plan(self) -> None:
+        """Print the plan: one line for each group of cells that differ in seed and learning rate only."""
+        cells, protocol, first = self.plan.cells, self.plan.protocol, self.plan.cells[0]
+        descriptions = self.describe(cells, probe=first.device == "cpu")
+        settings = {key: {k: v for k, v in each.items() if k != "lr"} for key, each in swept(cells).items()}
+        lines, seconds = [], 0.0
+        for group in grouped(cells):
+            head, (about, fault) = group[0], descriptions[group[0].key]
+            total = tuning.count(group, protocol)
+            left = total - sum(cell.key in self.finished for cell in tuning.required(group, self.finished, protocol))
+            varied = ", ".join(f"{k}={written(v)}" for k, v in settings[head.key].items())
+            seconds += left * (about.seconds or 0) if about else 0
+            lines.append(
+                [head.task, head.model, varied, f"{total} ({left} to run)", *(_costs(about) if about else [f"cannot be built: {fault}"])]
+            )
+        print(tabulate(lines, COLUMNS, tablefmt="github", disable_numparse=True))
+        print(f"\n{tuning.count(cells, protocol)} cells, {first.device}, {first.dtype}; protocol version {first.protocol_version}")
+        if first.device == "cpu":
+            workers = self.executor.count
+            print(f"estimate without early stops: {duration(seconds / workers)} with {_workers(workers)}")
+
+
+def _costs(about: Any) -> list[Any]:
+    """The columns of a description."""
+    sizes = [count(about.parameters), count(about.non_embedding_parameters), byte_count(about.state_bytes)]
+    flops = about.train_flops_per_token
+    each = duration(about.seconds) if about.seconds is not None else "–"
+    return [*sizes, about.steps, count(flops and flops * about.tokens), each]
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker{'s' * (count > 1)}"

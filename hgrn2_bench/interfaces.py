@@ -181,38 +181,44 @@ def expanded_width(d_model: int, expand: float, name: str) -> int:
     return int(width)
 
 
+class Recomputing(Mixer):
+    """A plain module as a Mixer: it decodes by recomputing all tokens, and is told nothing but its input."""
+
+    backends: ClassVar[tuple[str, ...]] = ("chunked",)
+    wrapped: ClassVar[type[nn.Module]]
+
+    def __init__(self, spec: MixerSpec) -> None:
+        super().__init__(replace(spec, settings={}))
+        self.module = self.wrapped(spec.d_model, **spec.settings)
+
+    def state_size(self, seq_len: int, itemsize: int = 4) -> int:
+        """All inputs so far."""
+        return seq_len * self.spec.d_model * itemsize
+
+    def op_flops(self, seq_len: int) -> float | None:
+        """Not known."""
+        return None
+
+    def effective(self) -> dict[str, Any]:
+        """The module's class, and how it decodes."""
+        return {"class": self.wrapped.__name__, "decoding": "recomputes all tokens"}
+
+    def forward(self, x_BTD: Tensor, ctx: Context | None = None) -> Tensor:
+        """Run the module on all tokens seen. ValueError for padded sequences, and where it changes the shape."""
+        ctx, name = ctx or Context(), self.wrapped.__name__
+        if ctx.lengths_B is not None:
+            raise ValueError(f"{name} is a plain module: it cannot know the true lengths of padded sequences")
+        past = ctx.state["op"][0] if ctx.state else x_BTD[:, :0]
+        seen_BTD = torch.cat([past, x_BTD], 1)
+        if ctx.return_state:
+            ctx.next_state["op"] = (seen_BTD,)
+        y_BTD = self.module(seen_BTD)
+        if not isinstance(y_BTD, Tensor) or y_BTD.shape != seen_BTD.shape:
+            got = tuple(y_BTD.shape) if isinstance(y_BTD, Tensor) else type(y_BTD).__name__
+            raise ValueError(f"{name} must map (B, T, D) to (B, T, D): gave {got} for {tuple(seen_BTD.shape)}")
+        return y_BTD[:, past.shape[1] :]
+
+
 def recomputing(module: type[nn.Module]) -> type[Mixer]:
-    """A plain module class, built as `module(d_model, **settings)`, as a Mixer: it decodes by recomputing all tokens."""
-
-    class Recomputing(Mixer):
-        backends: ClassVar[tuple[str, ...]] = ("chunked",)
-
-        def __init__(self, spec: MixerSpec) -> None:
-            super().__init__(replace(spec, settings={}))
-            self.module = module(spec.d_model, **spec.settings)
-
-        def state_size(self, seq_len: int, itemsize: int = 4) -> int:
-            return seq_len * self.spec.d_model * itemsize
-
-        def op_flops(self, seq_len: int) -> float | None:
-            return None
-
-        def effective(self) -> dict[str, Any]:
-            return {"class": module.__name__, "decoding": "recomputes all tokens"}
-
-        def forward(self, x_BTD: Tensor, ctx: Context | None = None) -> Tensor:
-            ctx = ctx or Context()
-            if ctx.lengths_B is not None:
-                raise ValueError(f"{module.__name__} is a plain module: it cannot know the true lengths of padded sequences")
-            past = ctx.state["op"][0] if ctx.state else x_BTD[:, :0]
-            seen_BTD = torch.cat([past, x_BTD], 1)
-            if ctx.return_state:
-                ctx.next_state["op"] = (seen_BTD,)
-            y_BTD = self.module(seen_BTD)
-            if not isinstance(y_BTD, Tensor) or y_BTD.shape != seen_BTD.shape:
-                got = tuple(y_BTD.shape) if isinstance(y_BTD, Tensor) else type(y_BTD).__name__
-                raise ValueError(f"{module.__name__} must map (B, T, D) to (B, T, D): gave {got} for {tuple(seen_BTD.shape)}")
-            return y_BTD[:, past.shape[1] :]
-
-    Recomputing.__name__ = Recomputing.__qualname__ = module.__name__
-    return Recomputing
+    """The Mixer class of a plain module class, which is built as `module(d_model, **settings)`."""
+    return type(module.__name__, (Recomputing,), {"wrapped": module})

@@ -1,4 +1,4 @@
-"""The command line: run, list, table, plot, status. Exit codes: 0 all well, 1 a cell failed, 2 bad input, 130 stopped by the user.
+"""The command line. Exit codes: 0 all well, 1 a cell or a check failed, 2 bad input, 130 stopped by the user.
 
 Imports no torch, fla or pandas: cells run in worker processes, and listing reads names and source text only.
 """
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 DEFAULT_RESULTS = Path("results/local")
 DEVICES = ("auto", "cpu", "cuda")
+CHECK_BESIDE = ("hgrn2", "attention")
+CHECK_TASK = ("suite=mqar", "task=len32_kv4", "vocab_size=16", "seq_len=16", "num_pairs=3", "train_examples=24_000", "seed=0")
+"""A task that every registered mixer learns in seconds."""
 STATE_FILES = ("config.json", "status.json", "metrics.jsonl")
 
 app = typer.Typer(
@@ -182,6 +185,32 @@ def _print_model(ref: str) -> None:
     for field in dataclasses.fields(model.settings):
         choices = field.metadata.get("choices")
         print(f"  {model.name}.{field.name}={written(field.default)}" + (f"  ({'|'.join(choices)})" if choices else ""))
+
+
+@app.command(name="check")
+def check_command(
+    model: Annotated[str, typer.Argument(help="A model, or ./my_mixer.py:MyMixer.")],
+    words: Annotated[list[str] | None, typer.Argument(help="key=value words as in run: d_model=128 MyMixer.width=8")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
+) -> None:
+    """Check a mixer in about a minute: contract, costs, speed, and a small task beside HGRN2 and attention."""
+    from hgrn2_bench.plan import make_plan
+
+    given = {word.partition("=")[0] for word in words or ()}
+    usual = [word for word in CHECK_TASK if word.partition("=")[0] not in given]
+    models = list(dict.fromkeys([model, *CHECK_BESIDE]))
+    plan = make_plan([f"model={','.join(models)}", *usual, *(words or ())], _device(device))
+    if len(plan.cells) != len(models):
+        raise ConfigError("check looks at one setting: one value a key, no sweeps")
+    from hgrn2_bench.check import FAIL, run_checks, verdict
+
+    findings = []
+    with _stoppable():
+        for finding in run_checks(plan.cells):
+            print(finding, flush=True)
+            findings.append(finding)
+    print(verdict(plan.cells[0].model, findings))
+    sys.exit(1 if any(finding.outcome == FAIL for finding in findings) else 0)
 
 
 @app.command()

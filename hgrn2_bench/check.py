@@ -100,6 +100,16 @@ def run_checks(cells: Sequence[Cell]) -> Iterator[Finding]:
         yield judge(name, functools.partial(cost, mine, others))
 
 
+def print_checks(cells: Sequence[Cell]) -> bool:
+    """Print a line for every check as it ends, and the verdict; whether none failed."""
+    findings = []
+    for finding in run_checks(cells):
+        print(finding, flush=True)
+        findings.append(finding)
+    print(verdict(cells[0].model, findings))
+    return all(finding.outcome != FAIL for finding in findings)
+
+
 def verdict(mixer: str, findings: Sequence[Finding]) -> str:
     """The last line: how many checks failed, and which."""
     failed = [finding.name + f" of {finding.kind}" * bool(finding.kind) for finding in findings if finding.outcome == FAIL]

@@ -194,23 +194,14 @@ def check_command(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "cpu",
 ) -> None:
     """Check a mixer in about a minute: contract, costs, speed, and a small task beside HGRN2 and attention."""
-    from hgrn2_bench.plan import make_plan
+    from hgrn2_bench.plan import plan_beside
 
-    given = {word.partition("=")[0] for word in words or ()}
-    usual = [word for word in CHECK_TASK if word.partition("=")[0] not in given]
-    models = list(dict.fromkeys([model, *CHECK_BESIDE]))
-    plan = make_plan([f"model={','.join(models)}", *usual, *(words or ())], _device(device))
-    if len(plan.cells) != len(models):
-        raise ConfigError("check looks at one setting: one value a key, no sweeps")
-    from hgrn2_bench.check import FAIL, run_checks, verdict
+    cells = plan_beside(model, CHECK_BESIDE, CHECK_TASK, words or (), _device(device))
+    from hgrn2_bench.check import print_checks
 
-    findings = []
     with _stoppable():
-        for finding in run_checks(plan.cells):
-            print(finding, flush=True)
-            findings.append(finding)
-    print(verdict(plan.cells[0].model, findings))
-    sys.exit(1 if any(finding.outcome == FAIL for finding in findings) else 0)
+        well = print_checks(cells)
+    sys.exit(0 if well else 1)
 
 
 @app.command()
@@ -311,6 +302,27 @@ def _draw(plots: "Sequence[Plot]", models: Sequence[str], folder: Path) -> None:
             print(f"{paths[0]} (and .svg, .csv)")
     except OSError as error:
         raise ConfigError(f"cannot write figures to {folder}: {error.strerror or error}") from None
+
+
+@app.command()
+def compare(
+    ours: Annotated[str, typer.Argument(help="A model that has rows.")],
+    theirs: Annotated[str, typer.Argument(help="The model to compare it with.")],
+    results: Results = DEFAULT_RESULTS,
+    preset: Annotated[str, typer.Option(help="Only this preset.")] = "",
+) -> None:
+    """Compare two models over the rows they share: a table and a sentence for each suite."""
+    from hgrn2_bench.compare import Names, compare_models
+    from hgrn2_bench.render import render
+    from hgrn2_bench.results import find_rows
+
+    rows, problems = zip(*(find_rows(results, suite) for suite in registry.suites()), strict=True)
+    for problem in dict.fromkeys(text for texts in problems for text in texts):
+        print(f"note: {problem}", file=sys.stderr)
+    kept = [row for found in rows for row in found if not preset or row.preset == preset]
+    names = Names(*(name.rpartition(":")[2] for name in (ours, theirs)))
+    for report in compare_models(kept, {row.suite: registry.protocol(row.suite) for row in kept}, names, registry.models()):
+        print(f"{render(report.table, 'md')}\n{report.sentence}\n")
 
 
 @app.command()

@@ -149,6 +149,17 @@ def make_plan(words: Sequence[str], device: str) -> Plan:
     return Plan(protocol, preset_name, tuple(cells.values()), tuple(notes))
 
 
+def plan_beside(ref: str, others: Sequence[str], usual: Sequence[str], words: Sequence[str], device: str) -> tuple[Cell, ...]:
+    """One cell of a model and one of each of the others, in one setting; the user's words win over the usual ones, key by key."""
+    given = {word.partition("=")[0] for word in words}
+    models = list(dict.fromkeys([ref, *others]))
+    kept = [word for word in usual if word.partition("=")[0] not in given]
+    cells = make_plan([f"model={','.join(models)}", *kept, *words], device).cells
+    if len(cells) != len(models):
+        raise ConfigError("one setting at a time: one model, one task, one value a key")
+    return cells
+
+
 def _protocol_and_preset(parsed: Sequence[Word]) -> tuple[Protocol, str, Preset]:
     single: dict[str, str] = {}
     for word in parsed:

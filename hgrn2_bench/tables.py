@@ -79,14 +79,14 @@ def _status(line: Line, best: Line | None, seeds: Sequence[int], protocol: Proto
     if line.first.effective.get("causal") is False:
         words.append("not causal")
     words += [f"best {key} at the edge of its grid" for key in line.edge]
-    if best is not None and line is not best and not _all_solved((line, best), protocol) and indistinguishable(line, best):
+    if best is not None and line is not best and not all_solved((line, best), protocol) and indistinguishable(line, best):
         words.append("not distinguishable from best (paired t-test over seeds)")
     if preset and preset.source_models and line.first.model not in preset.source_models:
         words.append("our extension of the protocol")
     return "; ".join(words) or "ok"
 
 
-def _all_solved(lines: Sequence[Line], protocol: Protocol) -> bool:
+def all_solved(lines: Sequence[Line], protocol: Protocol) -> bool:
     """Whether every run of these lines solved the task: values above that line say how the early stop fell, not who is better."""
     if protocol.solved is None:
         return False

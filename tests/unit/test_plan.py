@@ -16,7 +16,7 @@ import pytest
 from hgrn2_bench import plan, registry
 from hgrn2_bench.config import PLAN_KEYS, ModelConfig, TrainConfig, parse_words
 from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.plan import Cell, make_plan, resolve_backend, written
+from hgrn2_bench.plan import Cell, make_plan, plan_beside, resolve_backend, written
 from hgrn2_bench.protocol import Preset, Protocol
 
 PAPER = ("preset=paper", "task=len64_kv4", "d_model=64", "lr=1e-3")
@@ -761,3 +761,14 @@ def test_planning_imports_nothing_heavy():
         assert not heavy, heavy
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=60)
+
+
+def test_a_model_beside_others_has_one_cell_each_and_the_users_words_win():
+    usual = ("suite=mqar", "preset=test", "seed=0", "d_model=16")
+    found = plan_beside("gla", ("hgrn2", "attention"), usual, ("d_model=32", "gla.num_heads=2"), "cpu")
+    assert [(cell.model, cell.model_config.d_model) for cell in found] == [("gla", 32), ("hgrn2", 32), ("attention", 32)]
+    assert found[0].settings["num_heads"] == 2
+    assert [cell.model for cell in plan_beside("attention", ("hgrn2", "attention"), usual, (), "cpu")] == ["attention", "hgrn2"]
+    for word in ("seed=0,1", "gla.num_heads=1,2"):
+        with pytest.raises(ConfigError, match="one setting at a time"):
+            plan_beside("gla", ("hgrn2",), usual, (word,), "cpu")

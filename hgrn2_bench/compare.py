@@ -1,0 +1,315 @@
+"""Two models over the rows they share: a pure function of the rows and the suite's protocol.
+
+Runs are paired by seed where preset, task, data, protocol version, precision and every shared setting agree; each model takes part at its
+best tuned value, chosen on the selection split. Nothing is claimed from fewer than `PAIRS_NEEDED` pairs.
+"""
+
+import json
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from hgrn2_bench.errors import ConfigError, unknown
+from hgrn2_bench.lines import Line, Run, best_lines, comparable, learned, settings_of
+from hgrn2_bench.protocol import Protocol
+from hgrn2_bench.render import Column, Table, count, short
+from hgrn2_bench.results import Row
+from hgrn2_bench.tables import PAIRS_NEEDED, all_solved, half_interval
+
+FITTED = ("conv", "positions", "forget_bias", "lower_bound", "num_layers", "first_layer", "backend", "device", "processes")
+"""Shared settings that a model may lack or a preset sets per model: equal where possible, else paired with a note."""
+INTERVAL_NEEDED = 3
+SIMILAR = 1.1
+"""Ratio up to which parameter counts pass without a note."""
+LISTED = 8
+BETTER, WORSE, SAME = "better", "worse", "not distinguishable"
+SOLVED, UNLEARNED = "both solve it", "neither learned"
+FEW, UNPAIRED = f"no claim (under {PAIRS_NEEDED} paired seeds)", "no claim (unpaired: no seed in common)"
+
+
+@dataclass(frozen=True)
+class Names:
+    """The two models, in the order asked."""
+
+    ours: str
+    theirs: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One line of each model under the same shared settings."""
+
+    ours: Line
+    theirs: Line
+
+    @property
+    def pairs(self) -> list[tuple[Run, Run]]:
+        """Runs of one seed, in seed order."""
+        other = {run.row.seed: run for run in self.theirs.runs}
+        return [(run, other[run.row.seed]) for run in self.ours.runs if run.row.seed in other]
+
+    @property
+    def differences(self) -> dict[int, float]:
+        """Ours minus theirs by seed, over pairs that both finished."""
+        return {a.row.seed: a.value - b.value for a, b in self.pairs if a.value is not None and b.value is not None}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every paired run finished."""
+        return len(self.differences) == len(self.pairs)
+
+    @property
+    def difference(self) -> float | None:
+        """The mean over pairs that both finished; without any pair the difference of the two means."""
+        if self.pairs:
+            return statistics.fmean(self.differences.values()) if self.differences else None
+        both = self.ours.finished and self.theirs.finished
+        return statistics.fmean(self.ours.finished) - statistics.fmean(self.theirs.finished) if both else None
+
+    def finding(self, protocol: Protocol) -> str:
+        """How ours stands to theirs, in words."""
+        if not self.pairs:
+            return UNPAIRED
+        if all_solved((self.ours, self.theirs), protocol):
+            return SOLVED
+        if not learned(self.ours) and not learned(self.theirs):
+            return UNLEARNED
+        if len(self.pairs) < PAIRS_NEEDED:
+            return FEW
+        sign = 1 if protocol.higher_is_better else -1
+        if self.complete:
+            gaps = list(self.differences.values())
+            clear = abs(statistics.fmean(gaps)) > half_interval(gaps)
+            return SAME if not clear else BETTER if sign * statistics.fmean(gaps) > 0 else WORSE
+        ranks = [tuple(-math.inf if run.value is None else sign * run.value for run in pair) for pair in self.pairs]
+        return BETTER if all(a > b for a, b in ranks) else WORSE if all(a < b for a, b in ranks) else SAME
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one suite's rows of one preset, protocol version and precision say about two models."""
+
+    table: Table
+    sentence: str
+
+
+def compare_models(rows: Sequence[Row], protocols: Mapping[str, Protocol], names: Names, registered: Iterable[str] = ()) -> list[Report]:
+    """A report for every suite, preset, protocol version and precision in which the two models share settings.
+
+    ConfigError with the nearest name for a model that is neither registered nor in the rows, and where nothing is shared.
+    """
+    known = {*registered, *(row.model for row in rows)}
+    for name in (names.ours, names.theirs):
+        if name not in known:
+            raise unknown("model", name, known)
+    if names.ours == names.theirs:
+        raise ConfigError(f"compare takes two models, not {names.ours!r} twice")
+    found = []
+    for suite, protocol in sorted(protocols.items()):
+        found += _of_suite([row for row in rows if row.suite == suite], protocol, names)
+    if not found:
+        raise ConfigError(f"no rows with the same settings: {holdings(rows, names.ours)}; {holdings(rows, names.theirs)}")
+    return found
+
+
+def _of_suite(rows: Iterable[Row], protocol: Protocol, names: Names) -> list[Report]:
+    """The reports of one suite; skipped cells never ran."""
+    kept = [row for row in rows if row.model in (names.ours, names.theirs) and row.status != "skipped"]
+    found: dict[tuple[str, int, str], list[Comparison]] = defaultdict(list)
+    alone: dict[tuple[str, int, str], list[Line]] = defaultdict(list)
+    for part in comparable(kept, protocol, protocol.metric):
+        first = part.runs[0].row
+        key = (first.preset, first.protocol_version, first.dtype)
+        matched, rest = match(best_lines(part.runs, protocol), protocol, names)
+        found[key] += matched
+        alone[key] += rest
+    return [_report(each, alone[key], protocol, names) for key, each in sorted(found.items()) if each]
+
+
+def holdings(rows: Iterable[Row], model: str) -> str:
+    """What a results folder has of a model, in words."""
+    seeds: dict[tuple[str, str, str], set[int]] = defaultdict(set)
+    for row in rows:
+        if row.model == model:
+            seeds[row.suite, row.preset, row.task].add(row.seed)
+    has = [f"{' '.join(place)} (seed{'s' * (len(s) > 1)} {_listed(map(str, sorted(s)))})" for place, s in sorted(seeds.items())]
+    return f"{model} has {_listed(has) or 'no rows'}"
+
+
+def match(lines: Sequence[Line], protocol: Protocol, names: Names) -> tuple[list[Comparison], list[Line]]:
+    """Lines of the two models that agree in every shared setting, and the lines left alone."""
+    buckets: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        buckets[_key(line, lambda key: key not in (*FITTED, *protocol.tuned), names)].append(line)
+    found: list[Comparison] = []
+    for bucket in buckets.values():
+        ours, theirs = ([line for line in bucket if line.first.model == name] for name in (names.ours, names.theirs))
+        fitted = {id(line): _key(line, FITTED.__contains__, names) for line in bucket}
+        found += [Comparison(a, b) for a in ours for b in theirs if fitted[id(a)] == fitted[id(b)]]
+        taken = {id(line) for c in found for line in (c.ours, c.theirs)}
+        ours, theirs = ([line for line in side if id(line) not in taken] for side in (ours, theirs))
+        if len({fitted[id(line)] for line in ours}) == len({fitted[id(line)] for line in theirs}) == 1:
+            found += [Comparison(a, b) for a in ours for b in theirs]
+    taken = {id(line) for c in found for line in (c.ours, c.theirs)}
+    return found, [line for line in lines if id(line) not in taken]
+
+
+def _key(line: Line, wanted: Callable[[str], bool], names: Names) -> str:
+    """The wanted shared settings of a line as one text; a model's own settings and its version are never shared."""
+    own = (f"{names.ours}.", f"{names.theirs}.")
+    shared = {k: v for k, v in settings_of(line.first).items() if wanted(k) and k != "version" and not k.startswith(own)}
+    return json.dumps(shared, sort_keys=True)
+
+
+def _report(found: Sequence[Comparison], alone: Sequence[Line], protocol: Protocol, names: Names) -> Report:
+    labels = _labels(found, protocol, names)
+    first = found[0].ours.first
+    arrow = "higher" if protocol.higher_is_better else "lower"
+    title = (
+        f"{first.suite}, preset {first.preset}: {names.ours} against {names.theirs}, {protocol.metric} ({protocol.unit}; {arrow} is better)"
+    )
+    headings = ("task", "setting", names.ours, names.theirs, f"{names.ours} - {names.theirs}", "pairs", "finding")
+    body = tuple(
+        (
+            c.ours.first.task,
+            label or "–",
+            _mean(c, 0),
+            _mean(c, 1),
+            _difference(c),
+            len(c.pairs),
+            {BETTER: f"{names.ours} is better", WORSE: f"{names.ours} is worse"}.get(finding := c.finding(protocol), finding),
+        )
+        for c, label in zip(found, labels, strict=True)
+    )
+    table = Table(title, tuple(map(Column, headings)), body, tuple(_notes(found, alone, protocol, names)))
+    places = [" ".join(filter(None, (c.ours.first.task, label))) for c, label in zip(found, labels, strict=True)]
+    return Report(table, _sentence(found, places, protocol, names))
+
+
+def _labels(found: Sequence[Comparison], protocol: Protocol, names: Names) -> list[str]:
+    """For each comparison the settings in which comparisons of its task differ."""
+    facts = []
+    for c in found:
+        ours, theirs = settings_of(c.ours.first), settings_of(c.theirs.first)
+        own = {k: v for k, v in theirs.items() if k.startswith(f"{names.theirs}.")}
+        versions = {f"{names.ours} version": ours.pop("version"), f"{names.theirs} version": theirs["version"]}
+        facts.append({k: v for k, v in (ours | own | versions).items() if k not in protocol.tuned})
+    tasks = [c.ours.first.task for c in found]
+    varied = [
+        {k for other, at in zip(facts, tasks, strict=True) if at == task for k in mine if mine[k] != other.get(k)}
+        for mine, task in zip(facts, tasks, strict=True)
+    ]
+    return [" ".join(f"{k}={short(mine[k])}" for k in mine if k in keys) for mine, keys in zip(facts, varied, strict=True)]
+
+
+def _mean(c: Comparison, side: int) -> str:
+    """One model's mean over its paired runs (all its runs without a pair), failures named."""
+    runs = [pair[side] for pair in c.pairs] or (c.ours, c.theirs)[side].runs
+    known = [run.value for run in runs if run.value is not None]
+    failures = f"{len(runs) - len(known)} of {len(runs)} failed" if len(known) < len(runs) else ""
+    return " ".join(filter(None, (f"{statistics.fmean(known):.3f}" if known else "–", failures and f"({failures})")))
+
+
+def _difference(c: Comparison) -> str:
+    """The mean difference, with half its 95% interval from three pairs that all finished."""
+    if c.difference is None:
+        return "–"
+    exact = c.complete and len(c.pairs) >= INTERVAL_NEEDED
+    return f"{c.difference:+.3f}" + (f" ± {half_interval(list(c.differences.values())):.3f}" if exact else "")
+
+
+def _sentence(found: Sequence[Comparison], places: Sequence[str], protocol: Protocol, names: Names) -> str:
+    """Who is better where, by how much, from how many pairs."""
+    where: dict[str, list[str]] = defaultdict(list)
+    for c, place in zip(found, places, strict=True):
+        where[c.finding(protocol)].append(place)
+    what = "task" if len({c.ours.first.task for c in found}) == len(found) else "setting"
+    count_of = f"{len(found)} {found[0].ours.first.suite} {what}{'s' * (len(found) > 1)}"
+    arrow = "higher" if protocol.higher_is_better else "lower"
+    named = {finding: f" ({_listed(each)})" for finding, each in where.items()}
+    lead = f"{names.ours} is better than {names.theirs} ({arrow} {protocol.metric})"
+    words = [f"{lead} on {len(where[BETTER])} of {count_of}{named.get(BETTER, '')}"]
+    others = (WORSE, SAME, SOLVED, UNLEARNED, FEW, UNPAIRED)
+    words += [f"{finding} on {len(where[finding])}{named[finding]}" for finding in others if where[finding]]
+    return "; ".join([*words, _overall(found)]) + "."
+
+
+def _overall(found: Sequence[Comparison]) -> str:
+    """The mean difference over all pairs; its interval is over seeds, because the tasks of one seed are not independent runs."""
+    gaps = [gap for c in found for gap in c.differences.values()]
+    if not gaps:
+        return "no pair that both finished"
+    several = "s" * (len(gaps) > 1)
+    told = f"mean difference {statistics.fmean(gaps):+.3f} over {len(gaps)} pair{several}"
+    seeds = [set(c.differences) for c in found if c.pairs]
+    if not all(c.complete for c in found):
+        return f"{told} that both finished, no interval because runs failed"
+    if any(each != seeds[0] for each in seeds):
+        return f"{told}, no interval because the seeds are not the same everywhere"
+    if len(seeds[0]) < INTERVAL_NEEDED:
+        return f"{told}, no interval under {INTERVAL_NEEDED} seeds"
+    by_seed = [statistics.fmean(c.differences[seed] for c in found if c.pairs) for seed in sorted(seeds[0])]
+    middle, half = statistics.fmean(by_seed), half_interval(by_seed)
+    return f"{told}, 95% interval {middle - half:+.3f} to {middle + half:+.3f} over {len(by_seed)} seeds"
+
+
+def _notes(found: Sequence[Comparison], alone: Sequence[Line], protocol: Protocol, names: Names) -> list[str]:
+    first = found[0].ours.first
+    notes = [
+        f"protocol version {first.protocol_version}, {first.dtype}; means over paired seeds; each finding by its own paired 95% t-interval"
+    ]
+    if not all(c.complete for c in found):
+        notes.append("a failed run counts as worse than any value: with one, a model is better only if it is ahead in every pair")
+    sides = {names.ours: [c.ours for c in found], names.theirs: [c.theirs for c in found]}
+    tuned = [name for name, lines in sides.items() if any(line.searched for line in lines)]
+    if tuned:
+        whom = " and ".join(tuned) + " only" * (len(tuned) == 1)
+        notes.append(f"{', '.join(protocol.tuned)} chosen on {_selection(found)} data for {whom}")
+    notes += _unequal(found, names)
+    left = {name: sum(line.first.model == name for line in alone) for name in sides}
+    if alone:
+        notes.append("left out, no partner under the same settings: " + ", ".join(f"{n} of {name}" for name, n in left.items() if n))
+    return [*notes, _speed(found, names)]
+
+
+def _selection(found: Sequence[Comparison]) -> str:
+    return " and ".join(sorted({str(line.first.settings.get("select", "validation")) for c in found for line in (c.ours, c.theirs)}))
+
+
+def _unequal(found: Sequence[Comparison], names: Names) -> list[str]:
+    """Notes on what is not equal: fitted settings, and parameter counts more than a tenth apart."""
+    notes: dict[str, None] = {}
+    for c in found:
+        ours, theirs = settings_of(c.ours.first), settings_of(c.theirs.first)
+        for key in FITTED:
+            if ours.get(key) != theirs.get(key):
+                notes[f"not equal: {key} is {ours.get(key)} for {names.ours}, {theirs.get(key)} for {names.theirs}"] = None
+        a, b = c.ours.first.parameters, c.theirs.first.parameters
+        if a and b and max(a, b) > SIMILAR * min(a, b):
+            notes[f"not equal: {names.ours} has {count(a)} parameters, {names.theirs} {count(b)}"] = None
+    return list(notes)
+
+
+def _speed(found: Sequence[Comparison], names: Names) -> str:
+    """How fast ours trains beside theirs, over pairs measured on one device in one way."""
+    ratios, devices = [], set()
+    for a, b in (pair for c in found for pair in c.pairs):
+        same = all(getattr(a.row, name) == getattr(b.row, name) for name in ("device", "device_name", "threads", "workers"))
+        if same and a.row.tokens_per_s and b.row.tokens_per_s:
+            ratios.append(a.row.tokens_per_s / b.row.tokens_per_s)
+            devices.add(a.row.device_name)
+    if not ratios:
+        return "no speed: no pair was measured on one device"
+    several = "s" * (len(ratios) > 1)
+    return (
+        f"speed: {names.ours} trains at {statistics.median(ratios):.2g} times the tokens/s of {names.theirs} "
+        f"(median of {len(ratios)} pair{several}, {', '.join(sorted(devices))})"
+    )
+
+
+def _listed(words: Iterable[str]) -> str:
+    """The first few of many."""
+    each = list(words)
+    return ", ".join(each[:LISTED]) + (f" and {len(each) - LISTED} more" if len(each) > LISTED else "")

@@ -117,11 +117,11 @@ def compare_models(rows: Sequence[Row], protocols: Mapping[str, Protocol], names
 def _of_suite(rows: Iterable[Row], protocol: Protocol, names: Names) -> list[Report]:
     """The reports of one suite; skipped cells never ran."""
     kept = [row for row in rows if row.model in (names.ours, names.theirs) and row.status != "skipped"]
-    found: dict[tuple[str, int, str], list[Comparison]] = defaultdict(list)
-    alone: dict[tuple[str, int, str], list[Line]] = defaultdict(list)
+    found: dict[tuple[str, int, str, str], list[Comparison]] = defaultdict(list)
+    alone: dict[tuple[str, int, str, str], list[Line]] = defaultdict(list)
     for part in comparable(kept, protocol, protocol.metric):
         first = part.runs[0].row
-        key = (first.preset, first.protocol_version, first.dtype)
+        key = (first.preset, first.protocol_version, first.dtype, first.device_name if protocol.speed else "")
         matched, rest = match(best_lines(part.runs, protocol), protocol, names)
         found[key] += matched
         alone[key] += rest
@@ -257,9 +257,8 @@ def _overall(found: Sequence[Comparison]) -> str:
 
 def _notes(found: Sequence[Comparison], alone: Sequence[Line], protocol: Protocol, names: Names) -> list[str]:
     first = found[0].ours.first
-    notes = [
-        f"protocol version {first.protocol_version}, {first.dtype}; means over paired seeds; each finding by its own paired 95% t-interval"
-    ]
+    place = f"protocol version {first.protocol_version}, {first.dtype}" + f", {first.device_name}" * protocol.speed
+    notes = [f"{place}; means over paired seeds; each finding by its own paired 95% t-interval"]
     if not all(c.complete for c in found):
         notes.append("a failed run counts as worse than any value: with one, a model is better only if it is ahead in every pair")
     sides = {names.ours: [c.ours for c in found], names.theirs: [c.theirs for c in found]}

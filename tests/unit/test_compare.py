@@ -244,6 +244,14 @@ def test_speed_is_compared_on_one_device_only():
     assert "no speed: no pair was measured on one device" in only(apart).table.notes
 
 
+def test_a_metric_that_is_a_speed_is_never_compared_across_devices():
+    rows = [
+        each for name in ("A", "B") for model in ("hgrn2", "gla") for each in runs(model, *FIVE, device_name=name, cell=f"{model}{name}")
+    ]
+    found = reports([*rows], protocol(speed=True))
+    assert [report.table.notes[0].split(";")[0] for report in found] == [f"protocol version 1, float32, {name}" for name in ("A", "B")]
+
+
 def test_unknown_and_equal_models_are_refused():
     rows = [*runs("hgrn2", *FIVE), *runs("gla", *FIVE)]
     with pytest.raises(ConfigError, match=r"Unknown model 'gal'. Did you mean 'gla'\?"):

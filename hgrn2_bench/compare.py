@@ -19,7 +19,7 @@ from hgrn2_bench.results import Row
 from hgrn2_bench.tables import PAIRS_NEEDED, all_solved, half_interval
 
 FITTED = ("conv", "positions", "forget_bias", "lower_bound", "num_layers", "first_layer", "backend", "device", "processes")
-"""Shared settings that a model may lack or a preset sets per model: equal where possible, else paired with a note."""
+"""Shared settings that a model may lack or a preset sets per model: equal where both models have a value in common, else noted."""
 INTERVAL_NEEDED = 3
 SIMILAR = 1.1
 """Ratio up to which parameter counts pass without a note."""
@@ -139,21 +139,22 @@ def holdings(rows: Iterable[Row], model: str) -> str:
 
 
 def match(lines: Sequence[Line], protocol: Protocol, names: Names) -> tuple[list[Comparison], list[Line]]:
-    """Lines of the two models that agree in every shared setting, and the lines left alone."""
+    """Lines of the two models that agree in every shared setting that they can agree in, and the lines left alone."""
     buckets: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
         buckets[_key(line, lambda key: key not in (*FITTED, *protocol.tuned), names)].append(line)
     found: list[Comparison] = []
     for bucket in buckets.values():
         ours, theirs = ([line for line in bucket if line.first.model == name] for name in (names.ours, names.theirs))
-        fitted = {id(line): _key(line, FITTED.__contains__, names) for line in bucket}
+        common = [key for key in FITTED if _values(ours, key) & _values(theirs, key)]
+        fitted = {id(line): _key(line, common.__contains__, names) for line in bucket}
         found += [Comparison(a, b) for a in ours for b in theirs if fitted[id(a)] == fitted[id(b)]]
-        taken = {id(line) for c in found for line in (c.ours, c.theirs)}
-        ours, theirs = ([line for line in side if id(line) not in taken] for side in (ours, theirs))
-        if len({fitted[id(line)] for line in ours}) == len({fitted[id(line)] for line in theirs}) == 1:
-            found += [Comparison(a, b) for a in ours for b in theirs]
     taken = {id(line) for c in found for line in (c.ours, c.theirs)}
     return found, [line for line in lines if id(line) not in taken]
+
+
+def _values(lines: Iterable[Line], key: str) -> set[str]:
+    return {json.dumps(settings_of(line.first).get(key)) for line in lines}
 
 
 def _key(line: Line, wanted: Callable[[str], bool], names: Names) -> str:
@@ -194,6 +195,7 @@ def _labels(found: Sequence[Comparison], protocol: Protocol, names: Names) -> li
     for c in found:
         ours, theirs = settings_of(c.ours.first), settings_of(c.theirs.first)
         own = {k: v for k, v in theirs.items() if k.startswith(f"{names.theirs}.")}
+        own |= {f"{names.theirs} {k}": theirs.get(k) for k in FITTED if theirs.get(k) != ours.get(k)}
         versions = {f"{names.ours} version": ours.pop("version"), f"{names.theirs} version": theirs["version"]}
         facts.append({k: v for k, v in (ours | own | versions).items() if k not in protocol.tuned})
     tasks = [c.ours.first.task for c in found]
@@ -265,7 +267,7 @@ def _notes(found: Sequence[Comparison], alone: Sequence[Line], protocol: Protoco
     tuned = [name for name, lines in sides.items() if any(line.searched for line in lines)]
     if tuned:
         whom = " and ".join(tuned) + " only" * (len(tuned) == 1)
-        notes.append(f"{', '.join(protocol.tuned)} chosen on {_selection(found)} data for {whom}")
+        notes.append(f"{', '.join(protocol.tuned)} chosen on {_selection(found)} for {whom}")
     notes += _unequal(found, names)
     left = {name: sum(line.first.model == name for line in alone) for name in sides}
     if alone:
@@ -274,7 +276,10 @@ def _notes(found: Sequence[Comparison], alone: Sequence[Line], protocol: Protoco
 
 
 def _selection(found: Sequence[Comparison]) -> str:
-    return " and ".join(sorted({str(line.first.settings.get("select", "validation")) for c in found for line in (c.ours, c.theirs)}))
+    """The data that chose the tuned values."""
+    settings = [line.first.settings for c in found for line in (c.ours, c.theirs)]
+    alone = " of the first seed" if any(each.get("tune_on") == "first_seed" for each in settings) else ""
+    return " and ".join(sorted({str(each.get("select", "validation")) for each in settings})) + f" data{alone}"
 
 
 def _unequal(found: Sequence[Comparison], names: Names) -> list[str]:

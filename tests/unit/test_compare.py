@@ -1,5 +1,7 @@
 """Two models over shared rows: what is paired, what is claimed from how many pairs, and what is said where things are not equal."""
 
+from dataclasses import replace
+
 import pytest
 from test_results import failed, row
 
@@ -224,6 +226,38 @@ def test_settings_a_model_cannot_take_are_paired_with_a_note_where_no_equal_part
     both = only([*runs("hgrn2", *FIVE), *runs("hgrn2", *FIVE, settings={"conv": 0}), *plain])
     assert len(both.table.lines) == 1
     assert not any("not equal" in note for note in both.table.notes)
+
+
+def test_settings_that_both_models_have_bind_where_others_cannot_be_equal():
+    ours = [each for conv in (0, 4) for bias in (0.0, 3.0) for each in runs("hgrn2", *FIVE, settings={"conv": conv, "forget_bias": bias})]
+    theirs = [
+        each
+        for conv in (0, 4)
+        for kind in ("learned", "rope")
+        for each in runs("gla", *minus(FIVE, 0.1), settings={"conv": conv, "forget_bias": 0.0, "positions": kind})
+    ]
+    found = only([*ours, *theirs])
+    labels = {f"conv={conv} gla positions={kind}" for conv in (0, 4) for kind in ("learned", "rope")}
+    assert {each["setting"] for each in lines(found)} == labels
+    assert "left out, no partner under the same settings: 2 of hgrn2" in found.table.notes
+    assert "not equal: positions is none for hgrn2, rope for gla" in found.table.notes
+
+
+def test_a_first_layer_that_one_model_lacks_is_no_bar():
+    found = only([*runs("hgrn2", *FIVE, settings={"first_layer": "base_conv"}), *runs("gla", *FIVE, settings={"first_layer": "none"})])
+    assert "not equal: first_layer is base_conv for hgrn2, none for gla" in found.table.notes
+
+
+def test_a_grid_tuned_on_the_first_seed_is_compared_at_its_best_point():
+    rows = [*runs("gla", *[0.7] * 5), *runs("hgrn2", 0.9, settings={"lr": 1e-3}), *runs("hgrn2", *FIVE, settings={"lr": 1e-2})]
+    selection = {(1e-3, 0): 0.6, (1e-2, 0): 0.7}  # the other seeds ran at the best point only: 0.1 there is no vote against it
+    rows = [
+        each if each.split == "test" or each.model == "gla" else replace(each, value=selection.get((each.settings["lr"], each.seed), 0.1))
+        for each in rows
+    ]
+    found = only([replace(each, settings=each.settings | {"tune_on": "first_seed"}) for each in rows])
+    assert (lines(found)[0]["pairs"], lines(found)[0]["hgrn2"]) == (5, "0.820")
+    assert "lr chosen on validation data of the first seed for hgrn2 only" in found.table.notes
 
 
 # what is said beside

@@ -29,7 +29,7 @@ DEFAULT_RESULTS = Path("results/local")
 DEVICES = ("auto", "cpu", "cuda")
 CHECK_BESIDE = ("hgrn2", "attention")
 CHECK_TASK = ("suite=mqar", "task=len32_kv4", "vocab_size=16", "seq_len=16", "num_pairs=3", "train_examples=24_000", "seed=0")
-"""A task that every registered mixer learns in seconds."""
+"""A task that every registered mixer learns in seconds, unless it sees but a few tokens back."""
 STATE_FILES = ("config.json", "status.json", "metrics.jsonl")
 
 app = typer.Typer(

@@ -24,6 +24,11 @@ def command(*words):
     return [sys.executable, "-m", "hgrn2_bench", *map(str, words)]
 
 
+def first_on_path(folder):
+    """An environment in which a folder's modules come first, and the others from where this process has them."""
+    return {"PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+
+
 def bench(*words, cwd, env=None, timeout=120):
     return subprocess.run(command(*words), capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}, timeout=timeout)
 
@@ -194,7 +199,7 @@ def start_killed_run(tmp_path, folder, *words):
     """Start a run, wait for its first checkpoint, and kill -9 the parent only, as the kernel or an operator would."""
     script = "import hgrn2_bench.trainer as t; t.CHECKPOINT_EVERY_S = 0.2"
     (tmp_path / "sitecustomize.py").write_text(script)  # checkpoints often enough for a short test
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    env = {**os.environ, **first_on_path(tmp_path)}
     process = subprocess.Popen(command(*words, "--results", folder), cwd=tmp_path, env=env, stderr=subprocess.DEVNULL)
     wait_for(lambda: list(folder.glob("cells/mqar/*/checkpoint.pt")))
     process.send_signal(signal.SIGKILL)
@@ -312,7 +317,7 @@ def test_cell_beyond_its_time_limit_is_a_timeout(tmp_path):
 
 def test_time_limit_does_not_count_the_start_of_a_worker(tmp_path):
     (tmp_path / "sitecustomize.py").write_text('import sys, time\nif "spawn_main" in " ".join(sys.orig_argv): time.sleep(6)')
-    done = bench(*TEST, "model=attention", "--timeout", "5", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    done = bench(*TEST, "model=attention", "--timeout", "5", cwd=tmp_path, env=first_on_path(tmp_path))
     assert done.returncode == 0, done.stdout
 
 
@@ -400,7 +405,7 @@ def test_plot_refuses_bad_words_in_one_line(words, told, tmp_path):
 
 def test_plot_without_matplotlib_is_one_line_with_the_install_command(tmp_path):
     (tmp_path / "sitecustomize.py").write_text('import sys; sys.modules["matplotlib"] = None')
-    done = bench("plot", "mqar", "--results", KEPT, cwd=tmp_path, env={"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])})
+    done = bench("plot", "mqar", "--results", KEPT, cwd=tmp_path, env=first_on_path(tmp_path))
     assert done.returncode == 2
     assert done.stderr == 'error: plot needs matplotlib: pip install "matplotlib>=3.8"\n'
     assert not list(tmp_path.glob("**/*.png"))
@@ -414,64 +419,3 @@ def test_data_is_the_same_for_every_model_and_every_hash_seed(tmp_path):
     assert len({row.cell for row in rows}) == 3
     assert len({row.data_hash for row in rows}) == 1
     assert stable(rows_of(tmp_path / "hash1")) == stable(rows_of(tmp_path / "hash2"))
-
-
-def test_check_prints_a_line_per_check_and_its_exit_code_says_whether_all_passed(tmp_path):
-    (tmp_path / "mine.py").write_text(BAD_MIXERS)
-    few = (
-        "train_examples=64",
-        "validation_examples=64",
-        "test_examples=64",
-        "d_model=16",
-    )  # so few that nobody learns: no fault of the mixer's
-    good = bench("check", "./mine.py:Good", *few, "Good.width=4", cwd=tmp_path)
-    assert good.returncode == 0, good.stdout
-    outcomes = {line[:13].strip(): line[13:22].strip() for line in good.stdout.splitlines()[:-1]}
-    assert [name for name, outcome in outcomes.items() if outcome == "skipped"] == ["padding", "backends", "FLOPs", "learning"]
-    assert set(outcomes.values()) == {"pass", "skipped"}
-    assert good.stdout.splitlines()[-1] == "Good: all is well; 12 checks passed, 4 skipped"
-    bad = bench("check", "./mine.py:NotANumber", *few, cwd=tmp_path)
-    assert bad.returncode == 1, bad.stderr
-    assert "learning     FAIL     diverged after 1 steps of len16_kv3: loss nan at step 1 of 2" in bad.stdout
-    assert "parameters   pass" in bad.stdout
-    assert "checks FAILED (shape, gradients, causality" in bad.stdout.splitlines()[-1]
-    assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["mine.py"]
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (["hgnr2"], "Did you mean 'hgrn2'?"),
-        (["./missing.py:Net"], "no file ./missing.py"),
-        (["hgrn2", "d_model=32,64"], "one setting at a time"),
-        (["hgrn2", "d_modle=32"], "Did you mean 'd_model'?"),
-        (["hgrn2", "--device", "tpu"], "Unknown device 'tpu'"),
-        (["./broken.py:Net"], "cannot import it: ModuleNotFoundError: No module named 'no_such_package'"),
-    ],
-)
-def test_check_refuses_bad_words_and_unreadable_files_in_one_line(words, told, tmp_path):
-    (tmp_path / "broken.py").write_text("import no_such_package\n\nclass Net: ...\n")
-    done = bench("check", *words, cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, ""), done.stdout
-    assert told in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_compare_prints_a_table_and_a_sentence_for_rows_in_common(tmp_path):
-    ran = bench(*TEST, "model=hgrn2,gla", "seed=0,1", cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    done = bench("compare", "hgrn2", "gla", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "**mqar, preset test: hgrn2 against gla, accuracy" in done.stdout
-    assert (
-        "hgrn2 is better than gla (higher accuracy) on 0 of 1 mqar task; neither learned on 1 (len16_kv2)" in done.stdout.splitlines()[-2]
-    )
-    for words, told in (
-        (["hgrn2", "gal"], "Did you mean 'gla'?"),
-        (["hgrn2", "mamba"], "hgrn2 has mqar test len16_kv2 (seeds 0, 1); mamba has no rows"),
-        (["hgrn2", "gla", "--preset", "smoke"], "hgrn2 has no rows; gla has no rows"),
-    ):
-        bad = bench("compare", *words, cwd=tmp_path)
-        assert (bad.returncode, bad.stdout) == (2, ""), bad.stdout
-        assert told in bad.stderr
-        assert len(bad.stderr.strip().splitlines()) == 1

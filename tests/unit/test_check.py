@@ -5,14 +5,15 @@ import torch
 from test_results import failed, row
 from torch import nn
 
+from baselines.base_conv import BaseConv
 from hgrn2_bench import check, contract
 from hgrn2_bench.contract import BrokenPromiseError, DoesNotApplyError, Subject
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.hgrn2 import HGRN2
-from hgrn2_bench.interfaces import MixerSpec, recomputing
+from hgrn2_bench.interfaces import Mixer, MixerSpec, recomputing
 from hgrn2_bench.plan import make_plan
 
-SPEC = MixerSpec(d_model=16, layer=1, num_layers=2, conv=4)
+SPEC = MixerSpec(d_model=16, layer=1, num_layers=2, conv=4, max_len=check.LONGEST)
 
 
 class Mean(nn.Module):
@@ -98,6 +99,25 @@ class Padded(HGRN2):
         return super().forward(x_BTD, ctx)
 
 
+class Misplaces(BaseConv):
+    long = "all"
+
+    def convolve(self, x_BTD, ctx):
+        y_BTD = super().convolve(x_BTD, ctx)
+        if ctx.lengths_B is not None:
+            ctx.next_state["past"] = (x_BTD,)  # the padding is taken for tokens
+        return y_BTD
+
+
+class Carries(HGRN2):
+    """Sound: a layer works on what layer 0 left."""
+
+    def forward(self, x_BTD, ctx=None):
+        if self.spec.layer == 0:
+            ctx.carry["gain"] = x_BTD.sigmoid()
+        return super().forward(x_BTD, ctx) * ctx.carry["gain"]
+
+
 class Overflows(Mean):
     def forward(self, x):
         return super().forward(x) * (float("inf") if torch.is_autocast_enabled("cpu") else 1)
@@ -132,6 +152,7 @@ FAULTS = [
     (Forgetful, "decoding", "steps after a prompt of 0 tokens"),
     (WrongState, "two chunks", "two chunks against one forward pass: differs by up to"),
     (Padded, "padding", "a row of length 9 with padding against the row alone, state"),
+    (Misplaces, "padding", "a row of length 9 with padding against the row alone, one step later: differs by up to"),
     (Overflows, "bfloat16", "the output under bfloat16 autocast is not finite"),
     (OverRows, "batch", "row 0 alone against the batch: differs by up to"),
     (Understates, "state", r"state_size says \d+ bytes after 5 tokens, step holds \d+"),
@@ -140,7 +161,7 @@ FAULTS = [
 
 
 def subject(cls, shake=0.0):
-    return Subject(cls if issubclass(cls, HGRN2) else recomputing(cls), SPEC, shake)
+    return Subject(cls if issubclass(cls, Mixer) else recomputing(cls), SPEC, shake)
 
 
 @pytest.mark.parametrize(("cls", "name", "told"), FAULTS, ids=[cls.__name__ for cls, _, _ in FAULTS])
@@ -150,7 +171,7 @@ def test_each_fault_is_found_by_its_check_and_named(cls, name, told):
 
 
 @pytest.mark.parametrize("name", check.CONTRACT)
-@pytest.mark.parametrize("cls", [Mean, HGRN2])
+@pytest.mark.parametrize("cls", [Mean, HGRN2, BaseConv, Carries])
 def test_a_sound_mixer_passes_or_the_check_says_why_it_does_not_apply(cls, name):
     finding = check.judge(name, lambda: check.CONTRACT[name](subject(cls, check.SHAKE)))
     skipped = {"padding": "not told the true lengths", "backends": "one implementation"} if cls is Mean else {}
@@ -231,6 +252,23 @@ def test_every_check_has_a_finding_and_a_sound_module_passes(findings):
     assert "times hgrn2's" in found["speed"].text
 
 
+def test_layers_that_are_not_alike_are_each_held_to_the_contract_and_share_the_costs(monkeypatch):
+    monkeypatch.setattr(check, "ROUNDS", 1)
+    monkeypatch.setattr(check, "train", lambda planned: [row(model=cell.model, value=0.9) for cell in planned])
+    planned = cells("hybrid", "num_layers=3", "hybrid.layers=[hgrn2,hgrn2,attention]")
+    found = list(check.run_checks(planned))
+    assert [(f.name, f.kind) for f in found if f.kind] == [(name, kind) for name in check.CONTRACT for kind in ("hgrn2", "attention")]
+    assert {f.outcome for f in found} == {"pass"}
+    sizes = [sum(p.numel() for p in check.layers_of(cell)[0].facts.parameters()) for cell in planned[1:]]
+    (told,) = [f.text for f in found if f.name == "parameters"]
+    assert told.startswith(f"{check.count((2 * sizes[0] + sizes[1]) / 3)} in one layer's mixer")
+
+
+def test_a_first_layer_of_another_kind_is_not_looked_at():
+    layers = check.layers_of(cells("gla", "num_layers=3", "first_layer=attention")[0])
+    assert [(subject.spec.layer, subject.spec.first) for subject in layers] == [(1, 1), (2, 1)]
+
+
 def test_checks_after_a_failed_one_still_run(findings):
     found = findings("Raises")
     assert {found[name].outcome for name in ("shape", "causality", "state", "speed")} == {"FAIL"}
@@ -274,4 +312,7 @@ def test_learning_goes_by_the_floor_and_by_those_beside(rows, outcome, told, mon
 def test_verdict_counts_and_names_what_failed():
     found = [check.Finding("shape", "pass", ""), check.Finding("padding", "skipped", ""), check.Finding("state", "FAIL", "")]
     assert check.verdict("Mine", found) == "Mine: 1 of 3 checks FAILED (state); 1 passed, 1 skipped"
+    of_kind = check.Finding("state", "FAIL", "wrong", "gla")
+    assert str(of_kind) == "state        FAIL     gla: wrong"
+    assert check.verdict("Mine", [of_kind]) == "Mine: 1 of 1 checks FAILED (state of gla); 0 passed"
     assert check.verdict("Mine", found[:2]) == "Mine: all is well; 1 checks passed, 1 skipped"

@@ -39,6 +39,7 @@ class BaseConv(Mixer):
 
     version: ClassVar[int] = 1
     convolved: ClassVar[bool] = False
+    state_setting: ClassVar[str] = "width"
     backends: ClassVar[tuple[str, ...]] = ("reference", "chunked")
 
     width: int = 3

@@ -41,6 +41,7 @@ class Based(Mixer):
 
     version: ClassVar[int] = 1
     family: ClassVar[str] = "scalar_decay"
+    state_setting: ClassVar[str] = "feature_dim"
 
     num_heads: int = 1
     feature_dim: int = 16

@@ -42,6 +42,7 @@ class GatedDeltaNet(Mixer):
     gated: ClassVar[bool] = True
     family: ClassVar[str] = "delta_rule"
     no_weight_decay: ClassVar[tuple[str, ...]] = ("A_log",)
+    state_setting: ClassVar[str] = "expand_k"
 
     num_heads: int | None = None
     expand_k: float = 0.75

@@ -39,6 +39,7 @@ class Mamba(Mixer):
     family: ClassVar[str] = "selective_scan"
     backends: ClassVar[tuple[str, ...]] = ("reference", "chunked")
     no_weight_decay: ClassVar[tuple[str, ...]] = ("A_log", "D")
+    state_setting: ClassVar[str] = "d_state"
 
     d_state: int = 16
     expand: int = 2

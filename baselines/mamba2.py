@@ -41,6 +41,7 @@ class Mamba2(Mixer):
     gated: ClassVar[bool] = True
     family: ClassVar[str] = "scalar_decay"
     no_weight_decay: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias")
+    state_setting: ClassVar[str] = "d_state"
 
     d_state: int = 128
     expand: int = 2

@@ -37,6 +37,7 @@ class RetNet(Mixer):
 
     version: ClassVar[int] = 1
     family: ClassVar[str] = "scalar_decay"
+    state_setting: ClassVar[str] = "expand_k"
 
     num_heads: int = 8
     expand_k: float = 1.0

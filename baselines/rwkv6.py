@@ -44,6 +44,7 @@ class RWKV6(Mixer):
     version: ClassVar[int] = 1
     gated: ClassVar[bool] = True
     family: ClassVar[str] = "per_channel_decay"
+    state_setting: ClassVar[str] = "head_dim"
     no_weight_decay: ClassVar[tuple[str, ...]] = (
         "mix",
         "mix_in.weight",

@@ -66,6 +66,7 @@ class RWKV7(Mixer):
     version: ClassVar[int] = 1
     gated: ClassVar[bool] = True
     family: ClassVar[str] = "diagonal_low_rank"
+    state_setting: ClassVar[str] = "head_dim"
     no_weight_decay: ClassVar[tuple[str, ...]] = ("mu", "rho")
 
     head_dim: int | None = None

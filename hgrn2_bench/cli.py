@@ -87,6 +87,7 @@ def run(
 ) -> None:
     """Run a suite: plan, train, evaluate, print the table. Finished cells are not run again."""
     from hgrn2_bench.executor import LocalExecutor, default_workers
+    from hgrn2_bench.matching import announce, resolve
     from hgrn2_bench.plan import make_plan
     from hgrn2_bench.running import Run
 
@@ -94,14 +95,16 @@ def run(
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
     with _stoppable(), LocalExecutor(options.workers or default_workers(plan.cells[0].device)) as executor:
+        plan, matches = resolve(plan, executor.solve)
+        announce(matches, sys.stdout if options.dry_run else sys.stderr)
         planned = Run(plan, executor, options.results, options.force, options.timeout or None)
         if options.dry_run:
             planned.print_plan()
             return
         planned.execute(_hint(words, plan))
-    _print_tables(planned.rows, plan.protocol.name, "md")
+    whole = _print_tables(planned.rows, plan.protocol.name, "md")
     print(f"rows: {options.results}/cells/{plan.protocol.name}/<cell>/rows.jsonl", file=sys.stderr)
-    sys.exit(0 if planned.is_well else 1)
+    sys.exit(0 if planned.is_well and whole else 1)
 
 
 @contextlib.contextmanager
@@ -228,12 +231,13 @@ def table(
         raise _no_rows(results, suite, preset)
     if metric and metric not in (known := {row.metric for row in rows}):
         raise unknown("metric", metric, known)
-    _print_tables(rows, suite, form, metric or None)
+    whole = _print_tables(rows, suite, form, metric or None)
     if published:
         from hgrn2_bench.published import published_table
 
         values = published_table(rows, protocol)
         print(render(values, form) if values else f"nothing published for {suite}")
+    sys.exit(0 if whole else 1)
 
 
 def _rows(results: Path, suite: str) -> "list[Row]":
@@ -250,16 +254,19 @@ def _no_rows(results: Path, suite: str, preset: str) -> ConfigError:
     return ConfigError(f"no rows of {suite}{f' preset {preset}' if preset else ''} in {results}: run suite={suite} first")
 
 
-def _print_tables(rows: "Sequence[Row]", suite: str, form: str, metric: str | None = None) -> None:
+def _print_tables(rows: "Sequence[Row]", suite: str, form: str, metric: str | None = None) -> bool:
+    """Print the rows or their tables; whether none was refused."""
     from hgrn2_bench.render import render
     from hgrn2_bench.tables import make_tables
 
     if form == "jsonl":
         for row in rows:
             print(row.to_json())
-        return
-    for each in make_tables(rows, registry.protocol(suite), metric):
+        return True
+    tables = make_tables(rows, registry.protocol(suite), metric)
+    for each in tables:
         print(render(each, form))
+    return all(each.columns for each in tables)
 
 
 @app.command()

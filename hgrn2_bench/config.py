@@ -98,6 +98,27 @@ class CellConfig:
         require(0 <= self.seed < 2**31, f"seed={self.seed} must be at least 0 and below 2^31")
 
 
+@dataclass(frozen=True)
+class MatchConfig:
+    """In what the models of a run are made equal (see `hgrn2_bench.matching`): non-embedding parameters, or bytes of state."""
+
+    match: str = choice("none", "params", "state")
+    match_target: int = 0
+    """0 is the size of the run's first model, which planning puts here as a number."""
+    match_tolerance: float = 0.02
+    """Largest miss that is accepted, relative to the target."""
+    match_len: int = 0
+    """Tokens after which the state is counted; 0 is the task's length, which planning puts here as a number."""
+
+    def __post_init__(self) -> None:
+        for given in dataclasses.fields(self):
+            value = getattr(self, given.name)
+            if given.name != "match":
+                require(value >= 0, f"{given.name}={value} must not be negative")
+                idle = self.match == "none" or (self.match == "params" and given.name == "match_len")
+                require(not idle or value == given.default, f"{given.name}={value} has no effect with match={self.match}")
+
+
 MAX_WIDTH, MAX_LAYERS, MAX_LR = 65_536, 1_000, 1_000.0
 """Beyond these a word is a slip of the keyboard."""
 PLAN_KEYS = ("suite", "preset", "task", "model")

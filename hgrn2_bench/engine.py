@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from hgrn2_bench import measure, provenance, registry
+from hgrn2_bench import matching, measure, provenance, registry
 from hgrn2_bench.cells import CellFolder, replace_file
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.model import SequenceModel
@@ -90,7 +90,7 @@ def describe(cell: Cell, model: SequenceModel, probe: bool = False) -> Descripti
         train_flops_per_token=measure.train_flops_per_token(model, shape.seq_len, shape.labels_per_token),
         steps=steps,
         tokens=tokens,
-        effective=plain(measure.effective(model)),
+        effective=plain(measure.effective(model) | matching.facts(cell, model)),
         seconds=_probe(cell, model, shape) * tokens if probe else None,
     )
 

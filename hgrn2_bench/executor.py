@@ -1,8 +1,8 @@
-"""Runs cells in worker processes on this machine. Another executor (Ray, Slurm) offers the same `describe`, `run` and `stop`.
+"""Runs cells in worker processes on this machine. Another executor (Ray, Slurm) offers the same `describe`, `solve`, `run` and `stop`.
 
-Messages from a worker: ready; described key Description|None fault; refused key text; progress key step steps text; note key text;
-locked key; interrupted key; done key rows. A worker that dies or overruns sends nothing: its cell becomes `lost` with a status and a
-reason, and another worker writes that down.
+Messages from a worker: ready; described key Description|None fault; solved key Solution; refused key text; progress key step steps
+text; note key text; locked key; interrupted key; done key rows. A worker that dies or overruns sends nothing: its cell becomes `lost`
+with a status and a reason, and another worker writes that down.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from typing import Any
 
 from hgrn2_bench import worker
 from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.matching import Solution
 from hgrn2_bench.plan import Cell
 from hgrn2_bench.provenance import cuda_devices
 
@@ -116,6 +117,15 @@ class LocalExecutor:
             if event.kind == "refused":
                 raise ConfigError(event.content[0])
             found[event.cell.key] = event.content if event.kind == "described" else (None, event.content[1])
+        return found
+
+    def solve(self, asked: Sequence[tuple[Cell, tuple[str, ...]]]) -> dict[str, Solution]:
+        """What matches each cell, by its key; the settings beside a cell may change. ConfigError for an illegal combination."""
+        found: dict[str, Solution] = {}
+        for event in self._serve([_Order("solve", cell, (free,)) for cell, free in asked], None):
+            if event.kind == "refused":
+                raise ConfigError(event.content[0])
+            found[event.cell.key] = event.content[0] if event.kind == "solved" else Solution(fault=event.content[1])
         return found
 
     def run(self, cells: Sequence[Cell], results: Path, force: bool = False, timeout_s: float | None = None) -> Iterator[Event]:

@@ -1,7 +1,8 @@
 """Rows to figures: a pure function of the rows and of the figures that the suite's protocol declares. `drawing.py` puts them on paper.
 
-A figure holds one preset, protocol version and precision, as a table does, with one column of panels per task (and data). A point is a line
-of a table: all seeds of one model under one setting, the tuning grid reduced to its best value unless the figure runs over that grid.
+A figure holds one preset, protocol version, precision and match, as a table does, with one column of panels per task (and data). A point is
+a line of a table: all seeds of one model under one setting, the tuning grid reduced to its best value unless the figure runs over that
+grid.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hgrn2_bench import fairness
 from hgrn2_bench.lines import Line, Part, Run, best_lines, comparable, learned, settings_of
 from hgrn2_bench.protocol import Figure, Protocol
 from hgrn2_bench.published import reproduced
@@ -119,7 +121,8 @@ def make_plots(rows: Iterable[Row], protocol: Protocol) -> tuple[list[Plot], lis
         groups: dict[tuple[Any, ...], list[Part]] = defaultdict(list)
         for part in comparable(rows, protocol, figure.metric):
             row = part.runs[0].row
-            groups[row.preset, row.protocol_version, row.dtype, row.device_name if protocol.speed else ""].append(part)
+            place = row.preset, row.protocol_version, row.dtype, row.device_name if protocol.speed else ""
+            groups[(*place, *fairness.match_of(row))].append(part)
         for key in sorted(groups):
             made = _plot(figure, groups[key], protocol)
             plots += [made] if isinstance(made, Plot) else []
@@ -131,7 +134,10 @@ def _plot(figure: Figure, parts: Sequence[Part], protocol: Protocol) -> Plot | s
     """The figure of parts that may stand side by side, or why there is none."""
     first = parts[0].runs[0].row
     words = [first.suite, first.preset, f"v{first.protocol_version}", first.dtype, *([first.device_name] if protocol.speed else [])]
+    words += [" ".join(map(str, fairness.match_of(first)))] * bool(fairness.matched(first))
     stem = "_".join(re.sub(r"[^\w.-]+", "-", word) for word in (*words, figure.name))
+    if refusal := fairness.refusal([run.row for part in parts for run in part.runs]):
+        return f"no {stem}: {refusal}"
     parts = _in_order(parts, protocol)
     places, lost = _placed(figure, parts, protocol)
     tried = [{point.x for point in points} for points in places.values()]
@@ -279,7 +285,8 @@ def _heading(part: Part, figure: Figure, row: Any) -> str:
 
 def _subtitle(rows: Sequence[Row]) -> str:
     devices = sorted({f"{row.device} ({row.device_name})" for row in rows})
-    return f"{rows[0].dtype}, {', '.join(devices)}, backend {', '.join(sorted({row.backend for row in rows}))}"
+    words = [rows[0].dtype, *devices, f"backend {', '.join(sorted({row.backend for row in rows}))}"]
+    return ", ".join([*words, *filter(None, [fairness.matched(rows[0])])])
 
 
 def _notes(points: Sequence[Point], figure: Figure, protocol: Protocol) -> list[str]:

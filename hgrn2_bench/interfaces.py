@@ -79,6 +79,8 @@ class Mixer(nn.Module):
     """Names of own parameters that the optimiser must not decay."""
     label = ""
     """What tells this layer's mixer from other layers' of one model; empty where all layers are alike."""
+    state_setting: ClassVar[str] = ""
+    """The one setting, a number, that `match=state` changes to size the state; empty where none does."""
 
     def __init__(self, spec: MixerSpec) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Rows to lines: which runs may be compared, and what one line of a table or one point of a figure stands for.
 
-Runs are compared within one task, preset, protocol version, precision and data. Runs that differ only in seed are one line, and the tuning
-grid is reduced to its best value, chosen on the selection split. A failed run counts as the worst value; it is never dropped.
+Runs are compared within one task, preset, protocol version, precision, match and data. Runs that differ only in seed are one line, and the
+tuning grid is reduced to its best value, chosen on the selection split. A failed run counts as the worst value; it is never dropped.
 """
 
 import json
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hgrn2_bench import fairness
 from hgrn2_bench.protocol import Protocol
 from hgrn2_bench.render import short
 from hgrn2_bench.results import Row
@@ -86,16 +87,17 @@ class Part:
 
 
 def comparable(rows: Iterable[Row], protocol: Protocol, metric: str) -> list[Part]:
-    """Runs in parts of one preset, task, protocol version, precision and data (and device, for a speed), in alphabetical order."""
+    """Runs in parts of one preset, task, protocol version, precision, match and data (and device, for a speed), in alphabetical order."""
     groups: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in _runs(rows, metric):
         row = run.row
-        groups[row.preset, row.task, row.protocol_version, row.dtype, row.device_name if protocol.speed else ""].append(run)
+        place = row.preset, row.task, row.protocol_version, row.dtype, row.device_name if protocol.speed else ""
+        groups[(*place, *fairness.match_of(row))].append(run)
     found = []
     for key in sorted(groups):
         parts = _split_by_data(groups[key], protocol)
         others = [k for k in groups if k[:2] == key[:2] and k != key]
-        why = ["rows of another protocol version, precision or device are in a table of their own"] if others else []
+        why = ["rows of another protocol version, precision or device, or of another match, are in a table of their own"] if others else []
         for part in parts:
             which = _told_by(part, parts)
             data = f"rows of the same seed but other data (data hash) are in a table of their own; this one: {which}"
@@ -154,7 +156,7 @@ def _join(parts: list[tuple[dict[int, str], list[Run]]], hashes: dict[int, str],
 def settings_of(row: Row) -> dict[str, Any]:
     """Everything that sets lines of a table apart, the seed left out."""
     place = {"backend": row.backend, "device": row.device, "processes": row.processes, "version": row.mixer_version}
-    return {k: v for k, v in row.settings.items() if k != "seed"} | place
+    return {k: v for k, v in row.settings.items() if k not in ("seed", *fairness.MATCH_KEYS)} | place
 
 
 def _grouped(runs: Sequence[Run], protocol: Protocol) -> dict[str, list[Run]]:

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hgrn2_bench import registry
-from hgrn2_bench.config import PLAN_KEYS, CellConfig, ModelConfig, TrainConfig, Word, convert, parse_words, schema_of
+from hgrn2_bench.config import PLAN_KEYS, CellConfig, MatchConfig, ModelConfig, TrainConfig, Word, convert, parse_words, schema_of
 from hgrn2_bench.errors import ConfigError, unknown
 from hgrn2_bench.protocol import Preset, Protocol
 
 BACKENDS = ("reference", "chunked", "fla")
+MATCH_KEYS = tuple(f.name for f in dataclasses.fields(MatchConfig))
 NO_SIGNS = "write plain {}=value; Hydra's signs +, ~ and @ mean nothing here"
 
 
@@ -48,12 +49,22 @@ class Cell:
     command: str
     """The command that runs exactly this cell; not part of the key."""
     processes: int = 1
+    matching: MatchConfig = field(default_factory=MatchConfig)
+    """What was matched; a cell without a match keeps the key that it has without this field."""
 
     @property
     def key(self) -> str:
-        """16 hex digits over everything that can change the numbers."""
-        content = {k: v for k, v in self.to_json().items() if k not in ("model_ref", "command")}
+        """16 hex digits over everything that can change the numbers, and over what was matched (a tolerance changes neither)."""
+        content = {k: v for k, v in self.to_json().items() if k not in ("model_ref", "command", "matching")}
+        if self.matching.match != "none":
+            content["matching"] = {k: v for k, v in dataclasses.asdict(self.matching).items() if k != "match_tolerance"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def alike(self) -> str:
+        """The same text for cells that build the same model and cost the same: equal but for seed and learning rate."""
+        content = self.to_json() | {"seed": 0, "command": ""}
+        return json.dumps(content | {"train": content["train"] | {"lr": 0}}, sort_keys=True)
 
     def to_json(self) -> dict[str, Any]:
         """Plain containers, as stored in `config.json`."""
@@ -63,15 +74,24 @@ class Cell:
     def from_json(content: Mapping[str, Any]) -> "Cell":
         """The cell that `to_json` stored."""
         schema = registry.protocol(content["suite"]).data_schema
-        sections = {"model_config": ModelConfig, "train": TrainConfig, "data": schema}
+        sections = {"model_config": ModelConfig, "train": TrainConfig, "data": schema, "matching": MatchConfig}
         built = {k: sections[k](**v) if k in sections else v for k, v in content.items()}
         built["settings"] = {k: tuple(v) if isinstance(v, list) else v for k, v in content["settings"].items()}
         return Cell(**built)
 
     def fields(self) -> dict[str, Any]:
         """Every setting of the cell under the name a user types, the mixer's own with its prefix."""
-        plain = {k: v for part in (self.model_config, self.train, self.data) for k, v in dataclasses.asdict(part).items()}
+        parts = (self.model_config, self.train, self.data, self.matching)
+        plain = {k: v for part in parts for k, v in dataclasses.asdict(part).items()}
         return plain | {f"{self.model}.{k}": v for k, v in self.settings.items()}
+
+    def changed(self, values: Mapping[str, Any]) -> "Cell":
+        """The cell with other values of its model, mixer or matching, by the names that a user types; its command stays."""
+        prefix = f"{self.model}."
+        settings = dict(self.settings) | {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        model_config = dataclasses.replace(self.model_config, **_own(ModelConfig, values))
+        matching = dataclasses.replace(self.matching, **_own(MatchConfig, values))
+        return dataclasses.replace(self, settings=settings, model_config=model_config, matching=matching)
 
 
 @dataclass(frozen=True)
@@ -82,6 +102,8 @@ class Plan:
     preset: str
     cells: tuple[Cell, ...]
     notes: tuple[str, ...] = ()
+    given: frozenset[str] = frozenset()
+    """Names of the words that the user typed."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +168,7 @@ def make_plan(words: Sequence[str], device: str) -> Plan:
         for cell in maker.cells():
             cells.setdefault(cell.key, cell)
         notes |= dict.fromkeys(maker.notes)
-    return Plan(protocol, preset_name, tuple(cells.values()), tuple(notes))
+    return Plan(protocol, preset_name, tuple(cells.values()), tuple(notes), frozenset(word.name for word in parsed))
 
 
 def plan_beside(ref: str, others: Sequence[str], usual: Sequence[str], words: Sequence[str], device: str) -> tuple[Cell, ...]:
@@ -180,7 +202,13 @@ def _protocol_and_preset(parsed: Sequence[Word]) -> tuple[Protocol, str, Preset]
 
 def sections(protocol: Protocol) -> dict[str, type]:
     """Section name to schema, for the plain keys of one suite."""
-    return {"cell": CellConfig, "model_config": ModelConfig, "train": TrainConfig, "data": protocol.data_schema}
+    return {
+        "cell": CellConfig,
+        "model_config": ModelConfig,
+        "train": TrainConfig,
+        "data": protocol.data_schema,
+        "matching": MatchConfig,
+    }
 
 
 def _check_names(parsed: Sequence[Word], protocol: Protocol, chosen: Sequence[registry.Model]) -> None:
@@ -204,6 +232,8 @@ def _check_names(parsed: Sequence[Word], protocol: Protocol, chosen: Sequence[re
         if not word.plain:
             raise ConfigError(f"{word.text!r}: {NO_SIGNS.format(word.name)}")
         word.check_list(models[word.owner].settings if word.owner else None)
+        if word.owner and word.key in MATCH_KEYS and word.key not in own[word.owner]:
+            raise ConfigError(f"{word.text!r}: a match holds for all models of a run; write {word.key}=value")
 
 
 def _check_models(chosen: Sequence[registry.Model]) -> None:
@@ -313,6 +343,13 @@ def written(value: Any) -> str:
         return value
     escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), value)  # Hydra's rule for quotes
     return f"'{escaped}'"
+
+
+def rewritten(command: str, values: Mapping[str, Any]) -> str:
+    """A cell's command with these words, each in place of a word of the same name."""
+    *words, option, device = shlex.split(command)
+    kept = [word for word in words if word.partition("=")[0] not in values]
+    return shlex.join([*kept, *(f"{name}={written(value)}" for name, value in values.items()), option, device])
 
 
 def swept(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hgrn2_bench.interfaces import Mixer
 
 ROOT = Path(__file__).parent.parent
-FACTS = ("version", "gated", "bounded", "rotary", "convolved", "backends", "parts")
+FACTS = ("version", "gated", "bounded", "rotary", "convolved", "backends", "state_setting", "parts")
 """Class facts that planning reads. `parts`, which most mixers lack, names the setting that lists the models a mixer is built of: their
 versions belong to the cell's key, and what applies to one of them applies to the mixer."""
 _TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
@@ -198,6 +198,9 @@ def read_model(path: Path, name: str, module: str, class_name: str | None = None
     facts = _facts(node) if is_mixer else {"backends": ("module",)}
     if "parts" in facts and (facts["parts"], tuple) not in [(field[0], field[1]) for field in fields]:
         raise ConfigError(f"{node.name}: 'parts' must name a setting of type {_WORDS}, not {facts['parts']!r}")
+    numbers = [field for field, kind, _ in fields if kind in (int, float, int | None, float | None)]
+    if facts.get("state_setting") and facts["state_setting"] not in numbers:
+        raise ConfigError(f"{node.name}: state_setting {facts['state_setting']!r} is none of its settings that are numbers")
     return Model(name, module, node.name, summary, settings, facts, is_mixer)
 
 

@@ -21,7 +21,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A title, columns, lines of raw values, and the notes below."""
+    """A title, columns, lines of raw values, and the notes below; a refused table has notes only."""
 
     title: str
     columns: tuple[Column, ...]
@@ -64,12 +64,15 @@ def byte_count(value: float | None) -> str:
 
 
 def render(table: Table, form: str) -> str:
-    """A table as `md`, `csv`, `latex` or `html` text; notes follow, except in csv, whose first column repeats the title."""
+    """A table as `md`, `csv`, `latex` or `html` text; notes follow, except in csv, whose first column repeats the title.
+
+    Of a table without columns nothing but title and notes is printed, in csv as a comment.
+    """
     from tabulate import tabulate
 
     names = [column.name for column in table.columns]
     if form == "csv":
-        return _csv(table)
+        return _csv(table) if table.columns else "".join(f"# {table.title}: {note}\n" for note in table.notes)
     body = [[" ".join(column.show(value).split()) for column, value in zip(table.columns, line, strict=True)] for line in table.lines]
     if form == "md":
         names, body = [_piped(name) for name in names], [[_piped(text) for text in line] for line in body]

@@ -1,6 +1,5 @@
 """One run of a plan: what is finished, what the rest costs, and the cells run in the order that ends soonest."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,17 +18,11 @@ from hgrn2_bench.results import Row
 COLUMNS = ("task", "model", "settings", "cells", "parameters", "non-embedding", "state", "steps", "train FLOPs", "time a cell (estimate)")
 
 
-def alike(cell: Cell) -> str:
-    """Cells that build the same model and cost the same: equal but for seed and learning rate."""
-    content = cell.to_json() | {"seed": 0, "command": ""}
-    return json.dumps(content | {"train": content["train"] | {"lr": 0}}, sort_keys=True)
-
-
 def grouped(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Cells that are alike, together."""
     groups: dict[str, list[Cell]] = {}
     for cell in cells:
-        groups.setdefault(alike(cell), []).append(cell)
+        groups.setdefault(cell.alike, []).append(cell)
     return list(groups.values())
 
 

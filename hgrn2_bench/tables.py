@@ -1,7 +1,7 @@
 """Rows to tables: a pure function of the rows and the suite's protocol.
 
-A table holds one task under one preset, protocol version, precision and data; rows that differ in these go to tables of their own, and a
-note says why. `lines.py` says what one line of a table is.
+A table holds one task under one preset, protocol version, precision, match and data; rows that differ in these go to tables of their
+own, and a note says why. `lines.py` says what one line of a table is.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from hgrn2_bench import fairness
 from hgrn2_bench.lines import Line, Run, beats_floors, best_lines, comparable, learned, settings_of
 from hgrn2_bench.protocol import Protocol
 from hgrn2_bench.render import Column, Score, Table, byte_count, count, short
@@ -96,9 +97,14 @@ def all_solved(lines: Sequence[Line], protocol: Protocol) -> bool:
 
 def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[str]) -> Table:
     lines = best_lines(runs, protocol)
+    first, matched = lines[0].first, fairness.matched(lines[0].first)
+    arrow = "higher" if protocol.higher_is_better else "lower"
+    title = f"{first.suite}, preset {first.preset}, {first.task}: {metric} on test data ({protocol.unit}; {arrow} is better)"
+    title += f", {matched}" * bool(matched)
+    if refusal := fairness.refusal([run.row for run in runs]):
+        return Table(title, (), (), (refusal, *why))
     varying = _varying(lines, protocol)
     seeds = sorted({run.row.seed for line in lines for run in line.runs})
-    arrow = "higher" if protocol.higher_is_better else "lower"
     best = next((line for line in lines if learned(line)), None)
     one_device = len({run.row.device_name for line in lines for run in line.runs if run.value is not None}) <= 1
     tuned = [key for key in protocol.tuned if any(line.searched or line.tuned[key] != lines[0].tuned[key] for line in lines)]
@@ -108,6 +114,7 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
         Column("non-embedding", count),
         Column("state", byte_count),
         Column("train FLOPs/token", count),
+        *[Column("off the match", fairness.percent)] * bool(matched),
     ]
     columns += [Column("local mixing"), Column("positions"), Column(f"{metric}, seed{'s' * (len(seeds) > 1)} {_listed(seeds)}")]
     columns += [Column("tokens/s", count)] * one_device + [Column("status")]
@@ -116,15 +123,15 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
             line.first.model,
             *(settings_of(line.first).get(key) for key in varying),
             *(line.tuned.get(key) for key in tuned),
-            *_costs(line.first),
+            *_costs(line.first)[:4],
+            *[fairness.miss(line.first)] * bool(matched),
+            *_costs(line.first)[4:],
             Score(summary(line, protocol.solved), {run.row.seed: run.value for run in line.runs}),
             *([_speed(line)] * one_device),
             _status(line, best, seeds, protocol),
         )
         for line in lines
     ]
-    first = lines[0].first
-    title = f"{first.suite}, preset {first.preset}, {first.task}: {metric} on test data ({protocol.unit}; {arrow} is better)"
     return Table(title, tuple(columns), tuple(body), tuple(_notes(lines, protocol, why, one_device)))
 
 
@@ -168,6 +175,7 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
     fixed = [f"{key} {json.loads(next(iter(v)))}" for key, v in same.items() if len(v) == 1]
     if fixed:
         notes.append(f"the same for every line: {', '.join(fixed)}")
+    notes += [fairness.note(rows)] if fairness.matched(first) else []
     select = sorted({str(row.settings.get("select")) for row in rows})
     if any(line.searched for line in lines):
         alone = " of the first seed" if any(row.settings.get("tune_on") == "first_seed" for row in rows) else ""

@@ -1,8 +1,8 @@
 """A worker process: imports torch once, describes and runs cells as it is told, and dies with its parent.
 
-The parent sends (`describe`, cell, probe), (`run`, cell, results, force, workers), (`record`, cell, results, status, reason) or (`stop`,);
-the worker answers with the messages that `hgrn2_bench.executor` lists. What cells print goes to standard error, so that a table can
-be piped.
+The parent sends (`describe`, cell, probe), (`solve`, cell, free settings), (`run`, cell, results, force, workers), (`record`, cell,
+results, status, reason) or (`stop`,); the worker answers with the messages that `hgrn2_bench.executor` lists. What cells print goes to
+standard error, so that a table can be piped.
 """
 
 import contextlib
@@ -68,6 +68,8 @@ def _obey(order: tuple[Any, ...], pipe: Connection, stopping: threading.Event) -
     cell = Cell.from_json(content)
     if order[0] == "describe":
         _describe(cell, key, order[2], pipe)
+    elif order[0] == "solve":
+        _solve(cell, key, order[2], pipe)
     elif order[0] == "run":
         _run(cell, key, order[2:], pipe, stopping)
     else:
@@ -81,9 +83,26 @@ def _describe(cell: Any, key: str, probe: bool, pipe: Connection) -> None:
     try:
         pipe.send(("described", key, engine.describe(cell, engine.build(cell), probe), ""))
     except ConfigError as error:
-        pipe.send(("refused", key, f"{cell.model}: {error}" if cell.model not in str(error) else str(error)))
+        pipe.send(("refused", key, _named(cell, error)))
     except Exception as error:  # a fault of the model's code: its cell will fail and say so
         pipe.send(("described", key, None, engine.outcome_of(error)[1]))
+
+
+def _solve(cell: Any, key: str, free: tuple[str, ...], pipe: Connection) -> None:
+    from hgrn2_bench import engine, matching
+    from hgrn2_bench.errors import ConfigError
+
+    try:
+        pipe.send(("solved", key, matching.solve(cell, free)))
+    except ConfigError as error:
+        pipe.send(("refused", key, _named(cell, error)))
+    except Exception as error:  # a fault of the model's code: its cell will fail and say so
+        pipe.send(("solved", key, matching.Solution(fault=engine.outcome_of(error)[1])))
+
+
+def _named(cell: Any, error: Exception) -> str:
+    """What is wrong, with the model's name."""
+    return f"{cell.model}: {error}" if cell.model not in str(error) else str(error)
 
 
 def _run(cell: Any, key: str, how: tuple[Any, ...], pipe: Connection, stopping: threading.Event) -> None:

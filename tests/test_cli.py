@@ -256,6 +256,55 @@ def test_ctrl_c_or_a_polite_kill_checkpoints_and_the_next_run_continues(tmp_path
     assert stable(rows_of(folder)) == stable(rows_of(tmp_path / "whole"))
 
 
+MATCHED = (*TEST, "model=hgrn2,attention,gla", "match=params", "match_tolerance=0.05")
+
+
+def test_matched_run_tells_its_residuals_keeps_them_and_repeats_each_row_alone(tmp_path):
+    plan = bench(*MATCHED, "--dry-run", cwd=tmp_path)
+    done = bench(*MATCHED, cwd=tmp_path)
+    assert (plan.returncode, done.returncode) == (0, 0), done.stderr
+    told = [line for line in plan.stdout.splitlines() if "| non-embedding parameters |" in line]
+    assert [line.split("|")[2].strip() for line in told] == ["hgrn2", "attention", "gla"]
+    assert set(told) < set(done.stderr.splitlines())
+    rows = {row.model: row for row in rows_of(tmp_path / "results/local")}
+    assert {row.settings["match_target"] for row in rows.values()} == {rows["hgrn2"].non_embedding_parameters}
+    for row in rows.values():
+        assert row.effective["match_reached"] == row.non_embedding_parameters
+        assert f"{row.effective['match_residual']:+.2%}" in next(line for line in told if f" {row.model} " in line)
+        assert f"{row.effective['match_residual']:+.2%}" in next(
+            line for line in done.stdout.splitlines() if line.startswith(f"| {row.model} ")
+        )
+    assert rows["gla"].settings["d_model"] != rows["hgrn2"].settings["d_model"] == 16
+    again = bench(*rows["gla"].command.removeprefix("python -m hgrn2_bench ").split(), "--results", "again", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    ours, theirs = stable(rows_of(tmp_path / "again")), stable(r for r in rows_of(tmp_path / "results/local") if r.model == "gla")
+    assert [row | {"command": ""} for row in ours] == [row | {"command": ""} for row in theirs]
+
+
+def test_match_beyond_the_tolerance_is_refused_before_anything_runs(tmp_path):
+    for option in ([], ["--dry-run"]):
+        done = bench(*TEST, "model=hgrn2,mamba", "match=state", "mamba.d_state=16", *option, cwd=tmp_path)
+        assert done.returncode == 2
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: mamba (mamba.d_state=16 as given) has 2432 bytes of state, +52.0% of the target 1600 in len16_kv2")
+        assert "beyond match_tolerance=0.02" in last
+        assert not (tmp_path / "results").exists()
+
+
+def test_table_of_rows_beyond_their_tolerance_is_refused_and_the_rows_stay(tmp_path):
+    assert bench(*MATCHED, cwd=tmp_path).returncode == 0
+    paths = list(tmp_path.glob("results/local/cells/mqar/*/rows.jsonl"))
+    for path in paths:
+        path.write_text(path.read_text().replace('"match_tolerance": 0.05', '"match_tolerance": 0.03'))
+    for words in (["table", "mqar"], MATCHED):
+        done = bench(*words, cwd=tmp_path)
+        assert done.returncode == 1
+        assert "refused: gla has 1309 for a target of 1376, a miss of -4.87%, beyond match_tolerance=0.03" in done.stdout
+        assert "tokens/s" not in done.stdout
+    assert bench("table", "mqar", "--format", "jsonl", cwd=tmp_path).returncode == 0
+    assert all(path.exists() for path in paths)
+
+
 BAD_MIXERS = '''
 """Mixers that go wrong."""
 import os, torch

@@ -14,9 +14,17 @@ FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob(
 HEAVY = {"torch", "fla", "pandas", "scipy", "triton", "transformers", "numpy", "matplotlib"}
 OURS = {
     "ops": ("hgrn2_bench.ops", "hgrn2_bench.errors"),
-    "tables": ("hgrn2_bench.results", "hgrn2_bench.protocol", "hgrn2_bench.render", "hgrn2_bench.lines"),
-    "lines": ("hgrn2_bench.results", "hgrn2_bench.protocol", "hgrn2_bench.render"),
-    "figures": ("hgrn2_bench.results", "hgrn2_bench.protocol", "hgrn2_bench.render", "hgrn2_bench.lines", "hgrn2_bench.published"),
+    "tables": ("hgrn2_bench.results", "hgrn2_bench.protocol", "hgrn2_bench.render", "hgrn2_bench.lines", "hgrn2_bench.fairness"),
+    "lines": ("hgrn2_bench.results", "hgrn2_bench.protocol", "hgrn2_bench.render", "hgrn2_bench.fairness"),
+    "fairness": ("hgrn2_bench.results",),
+    "figures": (
+        "hgrn2_bench.results",
+        "hgrn2_bench.protocol",
+        "hgrn2_bench.render",
+        "hgrn2_bench.lines",
+        "hgrn2_bench.fairness",
+        "hgrn2_bench.published",
+    ),
     "drawing": ("hgrn2_bench.figures", "hgrn2_bench.render"),
     "compare": (
         "hgrn2_bench.lines",
@@ -40,6 +48,8 @@ LIGHT = (
     "protocol",
     "registry",
     "plan",
+    "matching",
+    "fairness",
     "results",
     "lines",
     "tables",

@@ -143,6 +143,19 @@ def test_state_size_is_what_decoding_holds(case: Subject, itemsize: int) -> None
     contract.state_bytes(case, (1, 5, T), itemsize)
 
 
+@pytest.mark.parametrize("case", cases(lambda cls: bool(cls.state_setting)))
+@pytest.mark.parametrize("itemsize", [4, 2])
+def test_state_setting_changes_what_decoding_holds(case: Subject, itemsize: int) -> None:
+    setting, default = case.cls.state_setting, getattr(case.cls, case.cls.state_setting)
+    assert setting in case.cls.setting_names()
+    sizes = set()
+    for value in (1.0, 2.0) if isinstance(default, float) else (2, 4):
+        changed = case.at_rope.having(settings={**case.spec.settings, setting: value})
+        contract.state_bytes(changed, (2, 9), itemsize)
+        sizes.add(changed.build().state_size(9, itemsize))
+    assert len(sizes) == 2
+
+
 def test_chunked_equals_reference(case: Subject) -> None:
     contract.backends(case)
 

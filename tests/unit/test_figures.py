@@ -69,6 +69,17 @@ def curves(rows, figure, **changes):
 # what shares a figure
 
 
+def test_rows_of_another_match_have_a_figure_of_their_own():
+    match = {"match": "params", "match_target": 40_000, "match_len": 0, "match_tolerance": 0.02}
+    near, far = ({"match_reached": round(40_000 * (1 + miss)), "match_residual": miss} for miss in (0.01, 0.1))
+    one, other = plots([*widths(0.5, 0.6), *widths(0.7, 0.8, settings=match, effective=near)], WIDTH)
+    assert {one.stem, other.stem} == {"mqar_smoke_v1_float32_width", "mqar_smoke_v1_float32_params-40000-0_width"}
+    assert ["matched to 40000 non-embedding parameters" in plot.subtitle for plot in (one, other)] == [False, True]
+    made, (reason,) = make_plots(widths(0.7, 0.8, settings=match, effective=far), protocol(WIDTH))
+    assert not made
+    assert reason.startswith("no mqar_smoke_v1_float32_params-40000-0_width: refused: hgrn2 has 44000 for a target of 40000")
+
+
 def test_a_figure_has_one_panel_per_task_in_the_presets_order():
     rows = [
         *widths(0.5, 0.6, task="len128_kv8"),

@@ -574,7 +574,7 @@ def changed(value, choices):
 BASE = one("model=hgrn2", "lower_bound=exclusive", "channel_mixer=glu")
 SECTIONS = ("model_config", "train", "data")
 INNER = [(section, f.name) for section in SECTIONS for f in dataclasses.fields(getattr(BASE, section))]
-OUTER = [f.name for f in dataclasses.fields(Cell) if f.name not in (*SECTIONS, "settings", "model_ref", "command")]
+OUTER = [f.name for f in dataclasses.fields(Cell) if f.name not in (*SECTIONS, "settings", "model_ref", "command", "matching")]
 
 
 @pytest.mark.parametrize(("section", "name"), INNER)

@@ -39,7 +39,6 @@ class BaseConv(Mixer):
 
     version: ClassVar[int] = 1
     convolved: ClassVar[bool] = False
-    state_setting: ClassVar[str] = "width"
     backends: ClassVar[tuple[str, ...]] = ("reference", "chunked")
 
     width: int = 3

@@ -161,6 +161,16 @@ def find_rows(results: Path, suite: str) -> tuple[list[Row], list[str]]:
     return list(found.values()), problems
 
 
+def archived(results: Path, suite: str) -> dict[str, list[Row]]:
+    """The rows kept under `rows/` of a results folder, by cell: the newest where a cell is there twice."""
+    found: dict[str, list[Row]] = {}
+    for path in sorted((results / "rows").glob("**/*.jsonl")):
+        for row in read_rows(path)[0]:
+            if row.suite == suite:
+                found.setdefault(row.cell, []).append(row)
+    return {cell: [row for row in rows if row.time == max(r.time for r in rows)] for cell, rows in found.items()}
+
+
 def frame(rows: Iterable[Row]) -> "pandas.DataFrame":
     """Rows as a pandas table, settings and effective values spread into columns `settings.d_model`, `effective.heads`, ..."""
     import pandas

@@ -13,7 +13,7 @@ from hgrn2_bench.console import Monitor, duration, names
 from hgrn2_bench.executor import LocalExecutor
 from hgrn2_bench.plan import Cell, Plan, swept, written
 from hgrn2_bench.render import byte_count, count
-from hgrn2_bench.results import Row
+from hgrn2_bench.results import Row, archived
 
 COLUMNS = ("task", "model", "settings", "cells", "parameters", "non-embedding", "state", "steps", "train FLOPs", "time a cell (estimate)")
 
@@ -34,7 +34,8 @@ class Run:
 
     def __init__(self, plan: Plan, executor: LocalExecutor, results: Path, force: bool = False, timeout_s: float | None = None) -> None:
         self.plan, self.executor, self.results, self.force, self.timeout_s = plan, executor, results, force, timeout_s
-        kept = {} if force else {cell.key: CellFolder(results, cell).rows() for cell in plan.cells}
+        old = {} if force else archived(results, plan.protocol.name)
+        kept = {} if force else {cell.key: CellFolder(results, cell).rows() or old.get(cell.key) for cell in plan.cells}
         self.finished = {key: rows for key, rows in kept.items() if rows is not None}
 
     @property

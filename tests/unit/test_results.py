@@ -7,7 +7,7 @@ import math
 import pytest
 
 from hgrn2_bench import results
-from hgrn2_bench.results import OUTCOMES, SCHEMA_VERSION, Row, find_rows, frame, parse_row, read_rows
+from hgrn2_bench.results import OUTCOMES, SCHEMA_VERSION, Row, archived, find_rows, frame, parse_row, read_rows
 
 SETTINGS = {
     "d_model": 64,
@@ -255,3 +255,13 @@ def test_the_module_declares_what_it_requires():
     for name in results._REQUIRED:
         with pytest.raises(ValueError, match=name):
             parse_row(json.dumps({k: v for k, v in content().items() if k != name}))
+
+
+def test_archived_rows_are_the_newest_of_each_cell(tmp_path):
+    (tmp_path / "rows").mkdir()
+    old, new = row(cell="a", time="2026-01-01", value=0.1), row(cell="a", time="2026-02-01", value=0.2)
+    other, foreign = row(cell="b", time="2026-01-01"), row(cell="c", suite="lra")
+    (tmp_path / "rows/one.jsonl").write_text("".join(r.to_json() + "\n" for r in (new, other, foreign)))
+    (tmp_path / "rows/two.jsonl").write_text(old.to_json() + "\n")
+    assert archived(tmp_path, "mqar") == {"a": [new], "b": [other]}
+    assert archived(tmp_path / "nowhere", "mqar") == {}

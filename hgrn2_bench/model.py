@@ -127,7 +127,7 @@ class SequenceModel(nn.Module):
         self, config: ModelConfig, mixer: type[Mixer], settings: Mapping[str, Any], backend: str, vocab_size: int, max_len: int
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.backend = config, backend
         self.embedding = nn.Embedding(vocab_size, config.d_model)
         self.position = nn.Embedding(max_len, config.d_model) if config.positions == "learned" else None
         if config.positions == "sinusoid":
@@ -188,6 +188,15 @@ class SequenceModel(nn.Module):
         """Logits (M, V) at the M flat positions `where` of (B, T), in row order."""
         x_MD = self(tokens_BT).flatten(0, 1).index_select(0, where)  # its backward sorts nothing, that of x[where] does
         return self.head(x_MD)
+
+    def loss(self, tokens_BT: Tensor, where: Tensor, labels_M: Tensor) -> Tensor:
+        """Mean cross-entropy in float32 of the labels (M,) at the M flat positions `where` of (B, T); on fla in one Triton kernel."""
+        logits_MV = self.logits(tokens_BT, where)
+        if self.backend == "fla" and logits_MV.is_cuda:
+            from hgrn2_bench.ops import fla
+
+            return fla.cross_entropy(logits_MV, labels_M)
+        return F.cross_entropy(logits_MV.float(), labels_M)
 
     @property
     def mixers(self) -> list[Mixer]:

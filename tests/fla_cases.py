@@ -234,9 +234,20 @@ def layer_results(layer: nn.Module, x_BTD: Tensor, past_BPD: Tensor) -> dict[str
     return {"y": y_BTD.detach(), **kept} | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
 
 
+def loss_errors(vocab_size: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, float]:
+    """||fla - torch|| / ||torch|| of the mean cross-entropy `y` of 9 rows of logits and their gradient `dx`; torch in float64."""
+    torch.manual_seed(0)
+    x_MV, labels_M = (3 * torch.randn(9, vocab_size)).to(device, dtype), torch.randint(vocab_size, (9,), device=device)
+    exact, given = leaf(wide(x_MV)), leaf(x_MV)
+    want, got = F.cross_entropy(exact, labels_M), adapter.cross_entropy(given * 1, labels_M)  # the kernel overwrites what it is given
+    pairs = {"y": (want, got), "dx": (torch.autograd.grad(want, exact)[0], torch.autograd.grad(got, given)[0])}
+    return {name: ((wide(b) - a).norm() / a.norm()).item() for name, (a, b) in pairs.items()}
+
+
 LAYER_CASES: dict[str, Callable[[], dict[str, float]]] = {
     **{f"{name} {dtype}": partial(layer_errors, name, dtype) for name in LAYERS for dtype in (torch.float32, torch.float16)},
     **{f"{name} continued": partial(layer_errors, name, start=True) for name in LAYERS if name.startswith("conv")},
+    **{f"loss over {size} {dtype}": partial(loss_errors, size, dtype) for size in (50, 8192) for dtype in (torch.float32, torch.float16)},
 }
 
 
@@ -290,7 +301,7 @@ def load_kernels() -> None:
     """Import every fla module that the adapter and the layers use."""
     for module, _ in adapter._KERNELS.values():
         importlib.import_module(module)
-    for module in ("fla.modules.norm.layernorm", "fla.modules.causal_conv1d.ops"):
+    for module in ("fla.modules.norm.layernorm", "fla.modules.causal_conv1d.ops", "fla.modules.fused_cross_entropy"):
         importlib.import_module(module)
 
 

@@ -64,7 +64,7 @@ def test_kernel_matches_reference(case: str, report: dict[str, Any]) -> None:
 def test_layers_kernel_matches_torch(case: str, report: dict[str, Any]) -> None:
     found = report[case]
     assert isinstance(found, dict), found
-    assert {"y", "dx"} < set(found)
+    assert {"y", "dx"} <= set(found)
     assert ("kept" in found) == ("continued" in case)
     tolerance = TOLERANCE_HALF if "float16" in case else TOLERANCE
     assert all(error < tolerance for error in found.values()), found

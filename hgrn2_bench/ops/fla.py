@@ -242,3 +242,10 @@ def causal_conv(x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor | None) -> Tens
     """Causal depthwise convolution over time in the dtype of x, zeros before the start."""
     y_BTD: Tensor = _function("fla.modules.causal_conv1d.ops", "causal_conv1d")(x_BTD, weight_DW, bias_D)[0]
     return y_BTD
+
+
+def cross_entropy(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
+    """Mean cross-entropy in fp32 of logits in any dtype, whose memory its backward takes for their gradient: they cannot be used after."""
+    losses_M, _ = _function("fla.modules.fused_cross_entropy", "cross_entropy_loss")(logits_MV, labels_M, inplace_backward=True)
+    mean: Tensor = losses_M.mean()
+    return mean

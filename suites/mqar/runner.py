@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from hgrn2_bench import registry
 from hgrn2_bench.engine import Shape
@@ -145,8 +144,7 @@ class Runner:
 
     def loss(self, model: SequenceModel, batch: Batch) -> Tensor:
         """Mean cross-entropy over the queries of a batch."""
-        tokens_BT, where, values = batch
-        return F.cross_entropy(model.logits(tokens_BT, where).float(), values)
+        return model.loss(*batch)
 
     def score(self, model: SequenceModel, split: str) -> float:
         """Accuracy on a split."""

@@ -21,6 +21,7 @@ from fla_cases import (
     errors,
     layer_errors,
     load_kernels,
+    loss_errors,
     low_rank_case,
     results,
     slot_case,
@@ -154,6 +155,14 @@ def test_output_has_the_dtype_of_v(family: str) -> None:
 def test_layers_kernel_matches_torch(layer: str, T: int, dtype: torch.dtype) -> None:
     found = layer_errors(layer, dtype, T, device="cuda")
     tolerance = 1e-4 if dtype == torch.float32 else TOLERANCES[dtype]  # no matrix product, hence no tf32
+    assert all(error < tolerance for error in found.values()), found
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("vocab_size", [50, 8192])
+def test_cross_entropy_matches_torch(vocab_size: int, dtype: torch.dtype) -> None:
+    found = loss_errors(vocab_size, dtype, device="cuda")
+    tolerance = 1e-5 if dtype == torch.float32 else TOLERANCES[dtype]
     assert all(error < tolerance for error in found.values()), found
 
 

@@ -154,6 +154,8 @@ def run_cell(
         status, reason = outcome_of(error)
         replace_file(folder.path / "error.txt", traceback.format_exc())
     rows = make_rows(cell, metrics, status, reason, facts)
+    if cell.device == "cuda":
+        torch.cuda.empty_cache()  # other workers of this GPU may need what this one only keeps for its next cell
     folder.finish(rows)
     return rows
 

@@ -186,7 +186,7 @@ SHORT = Preset(
         "warmup=0.1",
         "clip=1.0",
         "select=validation",
-        "eval_batch_size=1000",
+        "eval_batch_size=500",
         "dtype=bfloat16",
     ),
     tasks={

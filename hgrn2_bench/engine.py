@@ -1,5 +1,6 @@
 """Runs one cell: seed, data, model, training, evaluation, rows. A bad cell becomes a row with an outcome and a reason."""
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
@@ -155,7 +156,8 @@ def run_cell(
         replace_file(folder.path / "error.txt", traceback.format_exc())
     rows = make_rows(cell, metrics, status, reason, facts)
     if cell.device == "cuda":
-        torch.cuda.empty_cache()  # other workers of this GPU may need what this one only keeps for its next cell
+        with contextlib.suppress(RuntimeError):  # a GPU that refuses all work; other workers of a sound one may need the memory
+            torch.cuda.empty_cache()
     folder.finish(rows)
     return rows
 

@@ -36,9 +36,10 @@ class Hybrid(Mixer):
         self._check_depth(spec.num_layers)
         self.label = self.layers[spec.layer % len(self.layers)]
         mixer = registry.load(self.label)
-        if spec.backend not in mixer.backends:
+        if mixer.family and spec.backend not in mixer.backends:
             raise ConfigError(f"backend={spec.backend}: {self.label} has only {', '.join(mixer.backends)}")
-        self.part = mixer(replace(spec, first=self.layers.index(self.label), settings={}))
+        first = next(layer for layer in range(spec.first, spec.layer + 1) if self.layers[layer % len(self.layers)] == self.label)
+        self.part = mixer(replace(spec, first=first, settings={}))
         for fact in ("gated", "bounded", "rotary", "family"):
             setattr(self, fact, getattr(self.part, fact))
 

@@ -52,6 +52,8 @@ class ModelConfig:
         for name in ("embed_dropout", "dropout"):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 0 and less than 1")
         require(self.embed_std > 0, f"embed_std={self.embed_std} must be positive")
+        one = self.first_layer != "none" and self.num_layers == 1
+        require(not one, f"first_layer={self.first_layer} would be the only layer: num_layers must be at least 2")
         require(self.positions != "sinusoid" or self.d_model % 2 == 0, f"positions=sinusoid needs an even d_model, not {self.d_model}")
 
 

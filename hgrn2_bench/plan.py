@@ -257,36 +257,42 @@ class _CellMaker:
     def cells(self) -> list[Cell]:
         """Every combination, or ConfigError for the first that is illegal."""
         axes = {name: self._converted(name, values) for name, values in self.axes.items()}
-        self._drop_without_effect(axes)
-        return [self._cell(dict(zip(axes, combination, strict=True)), axes) for combination in itertools.product(*axes.values())]
+        combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+        mixers = [self._mixers(values) for values in combinations]
+        idle = [self._idle(values, each) for values, each in zip(combinations, mixers, strict=True)]
+        self._note_idle(idle)
+        return [self._cell(*each, axes) for each in zip(map(_without, combinations, idle), mixers, strict=True)]
 
     def _converted(self, name: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
         found = schema_of(sections(self.protocol), name)
         schema = found[1] if found else self.model.settings
         return tuple(convert(schema, name.rpartition(".")[2], value, name) for value in values)
 
-    def _drop_without_effect(self, axes: dict[str, tuple[Any, ...]]) -> None:
-        """Take out shared keys that this mixer, and every part of it, cannot use; a sweep over them would repeat equal cells."""
-        facts = {"conv": self.model.is_mixer and self.model.facts.get("convolved", True)}  # a plain module is not told of it
-        facts |= {"forget_bias": self._has("gated", axes), "lower_bound": self._has("bounded", axes)}
-        for key, applies in facts.items():
-            if key in axes and not applies:
-                del axes[key]
-                if any(w.key == key for w in self.user):
-                    self.notes.append(f"{key} has no effect on {self.model.name}: left out")
+    def _mixers(self, values: Mapping[str, Any]) -> tuple[registry.Model, ...]:
+        """The models whose mixers a cell's layers have: its own or the parts of that, and the one that `first_layer` names."""
+        name = self.model.facts.get("parts", "")
+        parts = self.model.parts({name: values.get(f"{self.model.name}.{name}", getattr(self.model.settings, name))}) if name else ()
+        return (*(parts or (self.model,)), *registry.first_layer(values.get("first_layer", "none")))
 
-        if "rope" in axes.get("positions", ()) and not self._has("rotary", axes):
-            axes["positions"] = tuple(dict.fromkeys("none" if kind == "rope" else kind for kind in axes["positions"]))
+    def _idle(self, values: Mapping[str, Any], mixers: Sequence[registry.Model]) -> frozenset[str]:
+        """The shared keys among the values that none of a cell's mixers can use; a sweep over them would repeat equal cells."""
+        used = {
+            "conv": any(m.is_mixer and m.facts.get("convolved", True) for m in mixers),  # a plain module is not told of it
+            "forget_bias": any(m.facts.get("gated", False) for m in mixers),
+            "lower_bound": any(m.facts.get("bounded", False) for m in mixers),
+            "positions": values.get("positions") != "rope" or any(m.facts.get("rotary", False) for m in mixers),
+        }
+        return frozenset(key for key, is_used in used.items() if key in values and not is_used)
+
+    def _note_idle(self, idle: Sequence[frozenset[str]]) -> None:
+        """Say which keys have no effect on any cell; `positions` only loses its value rope."""
+        asked = {word.key for word in self.user}
+        nowhere = frozenset.intersection(*idle)
+        self.notes += [f"{key} has no effect on {self.model.name}: left out" for key in sorted(nowhere & asked - {"positions"})]
+        if any("positions" in each for each in idle):
             self.notes.append(f"positions=rope has no effect on {self.model.name}: none")
 
-    def _has(self, fact: str, axes: Mapping[str, tuple[Any, ...]]) -> bool:
-        """Whether a fact holds for the model, or for a part of it under any value that the run gives to the setting that lists them."""
-        name = self.model.facts.get("parts", "")
-        lists = axes.get(f"{self.model.name}.{name}", (getattr(self.model.settings, name),)) if name else ()
-        parts = (part for names in lists for part in self.model.parts({name: names}))
-        return any(model.facts.get(fact, False) for model in (self.model, *parts))
-
-    def _cell(self, values: dict[str, Any], axes: Mapping[str, tuple[Any, ...]]) -> Cell:
+    def _cell(self, values: dict[str, Any], mixers: Sequence[registry.Model], axes: Mapping[str, tuple[Any, ...]]) -> Cell:
         schemas = sections(self.protocol)
         built = {section: schema(**_own(schema, values)) for section, schema in schemas.items()}
         prefix = f"{self.model.name}."
@@ -294,9 +300,6 @@ class _CellMaker:
         settings = dataclasses.asdict(self.model.settings(**own))
         cell: CellConfig = built.pop("cell")
         task = self.protocol.name_task(built["data"])
-        first = built["model_config"].first_layer
-        if first != "none" and first not in registry.models():
-            raise unknown("first_layer", first, ["none", *registry.models()])
         return Cell(
             suite=self.protocol.name,
             protocol_version=self.protocol.version,
@@ -304,9 +307,9 @@ class _CellMaker:
             task=task,
             model=self.model.name,
             model_ref=self.ref,
-            mixer_version=versions(self.model, settings, first),
+            mixer_version=versions(self.model, settings, built["model_config"].first_layer),
             seed=cell.seed,
-            backend=resolve_backend(cell.backend, self.device, self.model, *self.model.parts(settings)),
+            backend=resolve_backend(cell.backend, self.device, *mixers),
             dtype=cell.dtype,
             device=self.device,
             settings=settings,
@@ -324,13 +327,15 @@ class _CellMaker:
         return shlex.join(["python", "-m", "hgrn2_bench", "run", *words, "--device", self.device])
 
 
-def versions(model: registry.Model, settings: Mapping[str, Any], first_layer: str) -> str:
+def _without(values: Mapping[str, Any], idle: frozenset[str]) -> dict[str, Any]:
+    """The values that have an effect; positions that have none are `none`, whatever the preset says."""
+    kept = {key: value for key, value in values.items() if key not in idle}
+    return kept | ({"positions": "none"} if "positions" in idle else {})
+
+
+def versions(model: registry.Model, settings: Mapping[str, Any], first: str) -> str:
     """The version of a model and of its parts, with that of the mixer in its first layer where it has one of its own."""
-    version = model.full_version(settings)
-    if first_layer == "none":
-        return version
-    first = registry.model(first_layer)
-    return f"{version} {first_layer}:{first.full_version(dataclasses.asdict(first.settings()))}"
+    return " ".join([model.full_version(settings), *(f"{each.name}:{each.version}" for each in registry.first_layer(first))])
 
 
 def written(value: Any) -> str:
@@ -370,20 +375,21 @@ def _own(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in values.items() if k in names}
 
 
-def resolve_backend(name: str, device: str, model: registry.Model, *parts: registry.Model) -> str:
+def resolve_backend(name: str, device: str, *mixers: registry.Model) -> str:
     """Turn `auto` into the backend that every row records; ConfigError where the choice cannot run. Never falls back quietly.
 
-    A model built of others runs on a backend that all its parts have.
+    All mixers of a cell must have it, but for those without a recurrence: they run beside any, and without one the first decides.
     """
-    offers = {each.name: tuple(each.facts.get("backends", BACKENDS)) for each in (model, *parts)}
-    common = [backend for backend in offers[model.name] if all(backend in offered for offered in offers.values())]
+    recurrent = [each for each in mixers if each.facts.get("family")]
+    offers = {each.name: tuple(each.facts.get("backends", BACKENDS)) for each in recurrent or mixers[:1]}
+    common = [backend for backend in next(iter(offers.values())) if all(backend in offered for offered in offers.values())]
     if name == "auto" and common:
         name = "fla" if device == "cuda" and "fla" in common else "chunked" if "chunked" in common else common[0]
     for each, offered in offers.items():
         if name not in (*offered, "auto"):
             raise ConfigError(f"backend={name}: {each} has only {', '.join(offered)}")
     if name == "auto":
-        raise ConfigError(f"no backend is common to {', '.join(part.name for part in parts)}")
+        raise ConfigError(f"no backend is common to {', '.join(offers)}")
     if name == "fla" and device != "cuda":
         raise ConfigError("backend=fla needs a CUDA device; use backend=chunked")
     if name == "fla" and importlib.util.find_spec("fla") is None:

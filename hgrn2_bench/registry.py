@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from hgrn2_bench.interfaces import Mixer
 
 ROOT = Path(__file__).parent.parent
-FACTS = ("version", "gated", "bounded", "rotary", "convolved", "backends", "state_setting", "parts")
+FACTS = ("version", "family", "gated", "bounded", "rotary", "convolved", "backends", "state_setting", "parts")
 """Class facts that planning reads. `parts`, which most mixers lack, names the setting that lists the models a mixer is built of: their
 versions belong to the cell's key, and what applies to one of them applies to the mixer."""
 _TYPES: dict[str, type] = {"int": int, "float": float, "bool": bool, "str": str}
@@ -154,10 +154,17 @@ def listed(names: Sequence[str], setting: str) -> tuple[Model, ...]:
     single = {name: found for name, found in models().items() if "parts" not in found.facts}
     for name in names:
         if name in models() and name not in single:
-            raise ConfigError(f"{setting}: {name!r} is itself built of other models; list those")
+            raise ConfigError(f"{setting}: {name!r} is itself built of other models; name those")
         if name not in single:
             raise unknown(f"model in {setting}", name, single)
     return tuple(single[name] for name in dict.fromkeys(names))
+
+
+def first_layer(name: str) -> tuple[Model, ...]:
+    """The model whose mixer takes layer 0; nothing for `none`. ConfigError for an unknown name, and for a model built of others."""
+    if name not in ("none", *models()):
+        raise unknown("first_layer", name, ["none", *models()])
+    return () if name == "none" else listed((name,), "first_layer")
 
 
 @functools.cache

@@ -48,6 +48,22 @@ def test_the_pattern_repeats_over_the_depth(layer: int, name: str) -> None:
     assert mixer.part.spec == replace(SPEC, layer=layer, first={"hgrn2": 0, "attention": 2}[name], num_layers=6)
 
 
+def test_the_first_layer_of_a_kind_is_looked_for_behind_another_model_s_first_layer() -> None:
+    mixers = model("rwkv7", "gla", num_layers=4, first_layer="base_conv").mixers
+    assert [m.label for m in mixers] == ["base_conv", "gla", "rwkv7", "gla"]
+    assert [m.part.spec.first for m in mixers if isinstance(m, Hybrid)] == [1, 2, 1]
+
+
+def test_an_rwkv7_whose_layer_0_another_mixer_took_runs() -> None:
+    built = model("rwkv7", "gla", num_layers=6, first_layer="base_conv")
+    built(torch.randint(11, (2, 12))).sum().backward()
+    assert all(p.grad is not None for p in built.mixers[4].parameters())
+
+
+def test_a_part_without_a_recurrence_takes_any_backend() -> None:
+    assert build("base_conv", backend="fla").part.spec.backend == "fla"
+
+
 @pytest.mark.parametrize("name", sorted(set(registry.models()) - {"hybrid"}))
 def test_a_layer_is_its_part(name: str) -> None:
     """Every answer of the contract, under a lower bound, true lengths and an incoming state."""

@@ -319,7 +319,7 @@ def test_a_changed_task_is_named_after_what_it_runs():
         (["model=hybrid", "hybrid.layers=null"], "hybrid.layers=null: expected a list of words [a,b]"),
         (["model=hybrid", "hybrid.layers=[]"], "hybrid.layers=[] names no model"),
         (["model=hybrid", "hybrid.layers=[hgrn2,retnt]"], "Unknown model in hybrid.layers 'retnt'. Did you mean 'retnet'?"),
-        (["model=hybrid", "hybrid.layers=hybrid"], "hybrid.layers: 'hybrid' is itself built of other models; list those"),
+        (["model=hybrid", "hybrid.layers=hybrid"], "hybrid.layers: 'hybrid' is itself built of other models; name those"),
         (["task=len16_kv3"], "Unknown task of mqar preset=test 'len16_kv3'. Did you mean 'len16_kv2'? Available: len16_kv2."),
         (["preset=papr"], "Unknown preset of mqar 'papr'. Did you mean 'paper'? Available: "),
         (["preset=test,smoke"], "'preset=test,smoke': one preset at a time"),
@@ -399,7 +399,7 @@ def test_mqar_names_values_that_are_then_taken():
 
 
 def model_with(*backends):
-    return dataclasses.replace(registry.models()["hgrn2"], name="m", facts={"backends": backends} if backends else {})
+    return dataclasses.replace(registry.models()["hgrn2"], name="m", facts={"family": "any"} | ({"backends": backends} if backends else {}))
 
 
 @pytest.mark.parametrize(
@@ -468,20 +468,69 @@ def test_rope_without_effect_is_noted():
 
 
 def test_the_version_of_a_cell_names_that_of_its_first_layer(monkeypatch):
-    plain, before = one("model=hgrn2"), one("model=hgrn2", "first_layer=base_conv")
+    plain, before = one("model=hgrn2"), one("model=hgrn2", "first_layer=base_conv", "num_layers=2")
     assert (plain.mixer_version, before.mixer_version) == ("1", "1 base_conv:1")
     monkeypatch.setitem(registry.model("base_conv").facts, "version", 99)
-    after = one("model=hgrn2", "first_layer=base_conv")
+    after = one("model=hgrn2", "first_layer=base_conv", "num_layers=2")
     assert after.mixer_version == "1 base_conv:99"
     assert after.key != before.key
     assert one("model=hgrn2").key == plain.key
     assert [cell.key for cell in again(after)] == [after.key]
-    assert one("model=gla", "first_layer=hybrid").mixer_version == "1 hybrid:1 (hgrn2 1, attention 1)"
 
 
 @pytest.mark.parametrize("word", ["first_layer=bse_conv", "hgrn2.first_layer=bse_conv"])
 def test_an_unknown_first_layer_is_refused_with_the_nearest_name(word):
     assert refusal("model=hgrn2", word).startswith("Unknown first_layer 'bse_conv'. Did you mean 'base_conv'? Available: attention, ")
+
+
+def test_a_first_layer_built_of_others_or_alone_is_refused():
+    assert refusal("model=gla", "first_layer=hybrid", "num_layers=2") == "first_layer: 'hybrid' is itself built of other models; name those"
+    assert refusal("model=gla", "first_layer=hgrn2").startswith("first_layer=hgrn2 would be the only layer: num_layers must be at least 2")
+
+
+@pytest.mark.parametrize(
+    ("model", "first", "word", "key", "value"),
+    [
+        ("attention", "hgrn2", "forget_bias=3", "forget_bias", 3.0),
+        ("attention", "hgrn2", "lower_bound=exclusive", "lower_bound", "exclusive"),
+        ("base_conv", "gla", "conv=4", "conv", 4),
+        ("gla", "attention", "positions=rope", "positions", "rope"),
+    ],
+)
+def test_shared_keys_act_on_the_first_layer_too(model, first, word, key, value):
+    found = planned(f"model={model}", f"first_layer={first}", "num_layers=2", word)
+    assert not found.notes
+    assert getattr(found.cells[0].model_config, key) == value
+    assert [cell.key for cell in again(found.cells[0])] == [found.cells[0].key]
+
+
+def test_a_key_is_left_out_of_those_cells_only_on_which_it_has_no_effect():
+    parts = planned("model=hybrid", "hybrid.layers=[retnet],[hgrn2]", "forget_bias=0,2")
+    assert not parts.notes
+    assert [(c.settings["layers"], c.model_config.forget_bias) for c in parts.cells] == [(("retnet",), 0), (("hgrn2",), 0), (("hgrn2",), 2)]
+    found = planned("model=attention", "first_layer=none,hgrn2", "num_layers=2", "forget_bias=0,3")
+    assert not found.notes
+    assert [(c.model_config.first_layer, c.model_config.forget_bias) for c in found.cells] == [("none", 0), ("hgrn2", 0), ("hgrn2", 3)]
+    assert [[cell.key for cell in again(each)] for each in found.cells] == [[each.key] for each in found.cells]
+
+
+@pytest.mark.parametrize(("first", "backend"), [("gla", "fla"), ("base_conv", "fla"), ("mamba", "chunked")])
+def test_the_backend_is_one_that_the_first_layer_has(with_fla, first, backend):
+    words = ("model=hgrn2", f"first_layer={first}", "num_layers=2")
+    assert one(*words, device="cuda").backend == backend
+
+
+def test_a_first_layer_without_the_backend_is_refused(with_fla):
+    words = ("model=hgrn2", "first_layer=mamba", "num_layers=2", "backend=fla")
+    assert refusal(*words, device="cuda") == "backend=fla: mamba has only reference, chunked"
+
+
+def test_a_plain_module_runs_on_the_backend_of_its_first_layer(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(MINE)
+    assert one(f"model={file}:Module", "num_layers=2").backend == "module"
+    assert one(f"model={file}:Module", "first_layer=hgrn2", "num_layers=2").backend == "chunked"
+    assert one(f"model={file}:Module", "first_layer=base_conv", "num_layers=2").backend == "module"
 
 
 # a model built of others
@@ -533,7 +582,6 @@ def test_the_version_of_a_cell_names_the_versions_of_its_parts(monkeypatch):
         ("[gla,attention]", {"lower_bound"}),
         ("[retnet,attention]", {"lower_bound", "forget_bias"}),
         ("[retnet,hgrn2]", {"positions=rope"}),
-        ("[retnet],[hgrn2]", {"positions=rope"}),
     ],
 )
 def test_shared_keys_act_on_a_hybrid_where_they_act_on_a_part(layers, dropped):
@@ -545,7 +593,10 @@ def test_shared_keys_act_on_a_hybrid_where_they_act_on_a_part(layers, dropped):
         assert (cell.model_config.positions == "rope") == ("positions=rope" not in dropped)
 
 
-@pytest.mark.parametrize(("layers", "backend"), [("[hgrn2,attention]", "fla"), ("[hgrn2,mamba]", "chunked"), ("[mamba]", "chunked")])
+@pytest.mark.parametrize(
+    ("layers", "backend"),
+    [("[hgrn2,attention]", "fla"), ("[base_conv,hgrn2]", "fla"), ("[hgrn2,mamba]", "chunked"), ("[mamba]", "chunked")],
+)
 def test_a_hybrid_runs_on_a_backend_of_all_its_parts(with_fla, layers, backend):
     assert one("model=hybrid", f"hybrid.layers={layers}", device="cuda").backend == backend
     assert one("model=hybrid", f"hybrid.layers={layers}", "backend=reference", device="cuda").backend == "reference"
@@ -556,7 +607,7 @@ def test_a_part_without_the_backend_is_named(with_fla):
     assert message == "backend=fla: mamba has only reference, chunked"
     parts = [dataclasses.replace(model_with(backend), name=backend) for backend in ("fla", "chunked")]
     with pytest.raises(ConfigError, match=r"^no backend is common to fla, chunked$"):
-        resolve_backend("auto", "cuda", model_with(), *parts)
+        resolve_backend("auto", "cuda", *parts)
 
 
 # keys
@@ -571,7 +622,7 @@ def changed(value, choices):
     return value + 2 if isinstance(value, int) else value / 2 + 0.01 if isinstance(value, float) else f"{value}x"
 
 
-BASE = one("model=hgrn2", "lower_bound=exclusive", "channel_mixer=glu")
+BASE = one("model=hgrn2", "lower_bound=exclusive", "channel_mixer=glu", "num_layers=2")
 SECTIONS = ("model_config", "train", "data")
 INNER = [(section, f.name) for section in SECTIONS for f in dataclasses.fields(getattr(BASE, section))]
 OUTER = [f.name for f in dataclasses.fields(Cell) if f.name not in (*SECTIONS, "settings", "model_ref", "command", "matching")]

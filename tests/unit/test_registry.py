@@ -314,7 +314,7 @@ def test_a_full_version_names_the_versions_of_the_parts(monkeypatch):
     [
         ((), "hybrid.layers=[] names no model"),
         (("hgrn2", "retnt"), "Unknown model in hybrid.layers 'retnt'. Did you mean 'retnet'? Available: attention, "),
-        (("hgrn2", "hybrid"), "hybrid.layers: 'hybrid' is itself built of other models; list those"),
+        (("hgrn2", "hybrid"), "hybrid.layers: 'hybrid' is itself built of other models; name those"),
         (("./mine.py:Mine",), "Unknown model in hybrid.layers './mine.py:Mine'."),
     ],
 )

@@ -1,7 +1,7 @@
 """Two models over the rows they share: a pure function of the rows and the suite's protocol.
 
-Runs are paired by seed where preset, task, data, protocol version, precision and every shared setting agree; each model takes part at its
-best tuned value, chosen on the selection split. Nothing is claimed from fewer than `PAIRS_NEEDED` pairs.
+Runs are paired by seed where preset, task, data, protocol version, precision, match and every shared setting agree; each model takes part
+at its best tuned value, chosen on the selection split. Nothing is claimed from fewer than `PAIRS_NEEDED` pairs.
 """
 
 import json
@@ -10,9 +10,11 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from hgrn2_bench import fairness
 from hgrn2_bench.errors import ConfigError, unknown
-from hgrn2_bench.lines import Line, Run, best_lines, comparable, learned, settings_of
+from hgrn2_bench.lines import Line, Run, best_lines, chosen_on, comparable, learned, place_of, settings_of
 from hgrn2_bench.protocol import Protocol
 from hgrn2_bench.render import Column, Table, count, short
 from hgrn2_bench.results import Row
@@ -89,14 +91,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """What one suite's rows of one preset, protocol version and precision say about two models."""
+    """What one suite's rows of one preset, protocol version, precision and match say about two models."""
 
     table: Table
     sentence: str
 
 
 def compare_models(rows: Sequence[Row], protocols: Mapping[str, Protocol], names: Names, registered: Iterable[str] = ()) -> list[Report]:
-    """A report for every suite, preset, protocol version and precision in which the two models share settings.
+    """A report for every suite, preset, protocol version, precision and match in which the two models share settings.
 
     ConfigError with the nearest name for a model that is neither registered nor in the rows, and where nothing is shared.
     """
@@ -117,11 +119,10 @@ def compare_models(rows: Sequence[Row], protocols: Mapping[str, Protocol], names
 def _of_suite(rows: Iterable[Row], protocol: Protocol, names: Names) -> list[Report]:
     """The reports of one suite; skipped cells never ran."""
     kept = [row for row in rows if row.model in (names.ours, names.theirs) and row.status != "skipped"]
-    found: dict[tuple[str, int, str, str], list[Comparison]] = defaultdict(list)
-    alone: dict[tuple[str, int, str, str], list[Line]] = defaultdict(list)
+    found: dict[tuple[Any, ...], list[Comparison]] = defaultdict(list)
+    alone: dict[tuple[Any, ...], list[Line]] = defaultdict(list)
     for part in comparable(kept, protocol, protocol.metric):
-        first = part.runs[0].row
-        key = (first.preset, first.protocol_version, first.dtype, first.device_name if protocol.speed else "")
+        key = place_of(part.runs[0].row, protocol)
         matched, rest = match(best_lines(part.runs, protocol), protocol, names)
         found[key] += matched
         alone[key] += rest
@@ -139,18 +140,24 @@ def holdings(rows: Iterable[Row], model: str) -> str:
 
 
 def match(lines: Sequence[Line], protocol: Protocol, names: Names) -> tuple[list[Comparison], list[Line]]:
-    """Lines of the two models that agree in every shared setting that they can agree in, and the lines left alone."""
+    """Lines of one part that agree in every shared setting in which the two models can agree, and the lines left alone."""
     buckets: dict[str, list[Line]] = defaultdict(list)
+    fitted_keys = _fitted(lines[0])
     for line in lines:
-        buckets[_key(line, lambda key: key not in (*FITTED, *protocol.tuned), names)].append(line)
+        buckets[_key(line, lambda key: key not in (*fitted_keys, *protocol.tuned), names)].append(line)
     found: list[Comparison] = []
     for bucket in buckets.values():
         ours, theirs = ([line for line in bucket if line.first.model == name] for name in (names.ours, names.theirs))
-        common = [key for key in FITTED if _values(ours, key) & _values(theirs, key)]
+        common = [key for key in fitted_keys if _values(ours, key) & _values(theirs, key)]
         fitted = {id(line): _key(line, common.__contains__, names) for line in bucket}
         found += [Comparison(a, b) for a in ours for b in theirs if fitted[id(a)] == fitted[id(b)]]
     taken = {id(line) for c in found for line in (c.ours, c.theirs)}
     return found, [line for line in lines if id(line) not in taken]
+
+
+def _fitted(line: Line) -> tuple[str, ...]:
+    """FITTED, and what the match of a line's rows sized."""
+    return (*FITTED, *fairness.sized_by(line.first))
 
 
 def _values(lines: Iterable[Line], key: str) -> set[str]:
@@ -171,6 +178,7 @@ def _report(found: Sequence[Comparison], alone: Sequence[Line], protocol: Protoc
     title = (
         f"{first.suite}, preset {first.preset}: {names.ours} against {names.theirs}, {protocol.metric} ({protocol.unit}; {arrow} is better)"
     )
+    title += f", {fairness.matched(first)}" * bool(fairness.matched(first))
     headings = ("task", "setting", names.ours, names.theirs, f"{names.ours} - {names.theirs}", "pairs", "finding")
     body = tuple(
         (
@@ -195,7 +203,7 @@ def _labels(found: Sequence[Comparison], protocol: Protocol, names: Names) -> li
     for c in found:
         ours, theirs = settings_of(c.ours.first), settings_of(c.theirs.first)
         own = {k: v for k, v in theirs.items() if k.startswith(f"{names.theirs}.")}
-        own |= {f"{names.theirs} {k}": theirs.get(k) for k in FITTED if theirs.get(k) != ours.get(k)}
+        own |= {f"{names.theirs} {k}": theirs.get(k) for k in _fitted(c.ours) if theirs.get(k) != ours.get(k)}
         versions = {f"{names.ours} version": ours.pop("version"), f"{names.theirs} version": theirs["version"]}
         facts.append({k: v for k, v in (ours | own | versions).items() if k not in protocol.tuned})
     tasks = [c.ours.first.task for c in found]
@@ -267,7 +275,9 @@ def _notes(found: Sequence[Comparison], alone: Sequence[Line], protocol: Protoco
     tuned = [name for name, lines in sides.items() if any(line.searched for line in lines)]
     if tuned:
         whom = " and ".join(tuned) + " only" * (len(tuned) == 1)
-        notes.append(f"{', '.join(protocol.tuned)} chosen on {_selection(found)} for {whom}")
+        notes.append(
+            f"{', '.join(protocol.tuned)} chosen on {chosen_on(line.first for lines in sides.values() for line in lines)} for {whom}"
+        )
     notes += _unequal(found, names)
     left = {name: sum(line.first.model == name for line in alone) for name in sides}
     if alone:
@@ -275,19 +285,12 @@ def _notes(found: Sequence[Comparison], alone: Sequence[Line], protocol: Protoco
     return [*notes, _speed(found, names)]
 
 
-def _selection(found: Sequence[Comparison]) -> str:
-    """The data that chose the tuned values."""
-    settings = [line.first.settings for c in found for line in (c.ours, c.theirs)]
-    alone = " of the first seed" if any(each.get("tune_on") == "first_seed" for each in settings) else ""
-    return " and ".join(sorted({str(each.get("select", "validation")) for each in settings})) + f" data{alone}"
-
-
 def _unequal(found: Sequence[Comparison], names: Names) -> list[str]:
     """Notes on what is not equal: fitted settings, and parameter counts more than a tenth apart."""
     notes: dict[str, None] = {}
     for c in found:
         ours, theirs = settings_of(c.ours.first), settings_of(c.theirs.first)
-        for key in FITTED:
+        for key in _fitted(c.ours):
             if ours.get(key) != theirs.get(key):
                 notes[f"not equal: {key} is {ours.get(key)} for {names.ours}, {theirs.get(key)} for {names.theirs}"] = None
         a, b = c.ours.first.parameters, c.theirs.first.parameters

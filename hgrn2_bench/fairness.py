@@ -6,6 +6,8 @@ from hgrn2_bench.results import Row
 
 MATCH_KEYS = ("match", "match_target", "match_len", "match_tolerance")
 """Settings of a whole table; rows written before these existed were not matched."""
+WIDTHS = ("d_model", "channel_width")
+"""Settings that `match=params` solves for each model."""
 
 
 def match_of(row: Row) -> tuple[str, int, int]:
@@ -21,6 +23,11 @@ def matched(row: Row) -> str:
         "state": f"matched to {target} bytes of state after {length} tokens",
     }
     return words.get(kind, "")
+
+
+def sized_by(row: Row) -> tuple[str, ...]:
+    """Shared settings in which models may differ because their match sized them."""
+    return WIDTHS if match_of(row)[0] == "params" else ()
 
 
 def miss(row: Row) -> float | None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hgrn2_bench import fairness
-from hgrn2_bench.lines import Line, Part, Run, best_lines, comparable, learned, settings_of
+from hgrn2_bench.lines import Line, Part, Run, as_published, best_lines, chosen_on, commits, comparable, learned, place_of, settings_of
 from hgrn2_bench.protocol import Figure, Protocol
 from hgrn2_bench.published import reproduced
 from hgrn2_bench.render import Column, Table, render, short
@@ -120,9 +120,7 @@ def make_plots(rows: Iterable[Row], protocol: Protocol) -> tuple[list[Plot], lis
     for figure in protocol.figures:
         groups: dict[tuple[Any, ...], list[Part]] = defaultdict(list)
         for part in comparable(rows, protocol, figure.metric):
-            row = part.runs[0].row
-            place = row.preset, row.protocol_version, row.dtype, row.device_name if protocol.speed else ""
-            groups[(*place, *fairness.match_of(row))].append(part)
+            groups[place_of(part.runs[0].row, protocol)].append(part)
         for key in sorted(groups):
             made = _plot(figure, groups[key], protocol)
             plots += [made] if isinstance(made, Plot) else []
@@ -292,9 +290,8 @@ def _subtitle(rows: Sequence[Row]) -> str:
 def _notes(points: Sequence[Point], figure: Figure, protocol: Protocol) -> list[str]:
     """Where the numbers come from; then what a reader must know about them."""
     runs = {run.row.cell: run.row for point in points for run in point.line.runs}.values()
-    commits = sorted({row.commit[:10] + ("+changes" if row.dirty else "") for row in runs})
     seeds = sorted({row.seed for row in runs})
-    origin = [f"protocol version {points[0].line.first.protocol_version}", f"commit {', '.join(commits)}"]
+    origin = [f"protocol version {points[0].line.first.protocol_version}", f"commit {commits(runs)}"]
     notes = ["; ".join([*origin, f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}", *_selection(points, figure, protocol)])]
     failures = Counter(row.status for row in runs if row.status != "ok")
     if failures:
@@ -315,13 +312,11 @@ def _notes(points: Sequence[Point], figure: Figure, protocol: Protocol) -> list[
 def _selection(points: Sequence[Point], figure: Figure, protocol: Protocol) -> list[str]:
     """How each tuned key was chosen, or the value that all runs share."""
     rows = [run.row for point in points for run in point.line.runs]
-    splits = sorted({str(row.settings.get("select")) for row in rows})
-    rule = f"chosen on {' and '.join(splits)} data{', as the published protocol did' if 'test' in splits else ''}"
     words = []
     for key in protocol.tuned:
         values = {json.dumps(row.settings.get(key)) for row in rows}
         if key == figure.x or any(point.line.searched for point in points):
-            words.append(f"{key} {rule}")
+            words.append(f"{key} chosen on {chosen_on(rows)}{as_published(rows)}")
         elif len(values) == 1:
             words.append(f"{key} {short(json.loads(next(iter(values))))}")
     return words

@@ -86,13 +86,17 @@ class Part:
         return self.runs[0].row.task
 
 
+def place_of(row: Row, protocol: Protocol) -> tuple[Any, ...]:
+    """What all rows of one report share whatever their tasks: preset, protocol version, precision, match, and for a speed the device."""
+    device = row.device_name if protocol.speed else ""
+    return (row.preset, row.protocol_version, row.dtype, device, *fairness.match_of(row))
+
+
 def comparable(rows: Iterable[Row], protocol: Protocol, metric: str) -> list[Part]:
     """Runs in parts of one preset, task, protocol version, precision, match and data (and device, for a speed), in alphabetical order."""
     groups: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in _runs(rows, metric):
-        row = run.row
-        place = row.preset, row.task, row.protocol_version, row.dtype, row.device_name if protocol.speed else ""
-        groups[(*place, *fairness.match_of(row))].append(run)
+        groups[(run.row.preset, run.row.task, *place_of(run.row, protocol))].append(run)
     found = []
     for key in sorted(groups):
         parts = _split_by_data(groups[key], protocol)
@@ -216,6 +220,23 @@ def _best_line(runs: Sequence[Run], protocol: Protocol) -> Line:
             edge.append(key)
     tuned = dict(zip(protocol.tuned, best, strict=True))
     return Line(tuple(sorted(grid[best], key=lambda r: r.row.seed)), tuned, len(grid) > 1, tuple(edge))
+
+
+def chosen_on(rows: Iterable[Row]) -> str:
+    """The data that chose the tuned values: `validation data`, `test data of the first seed`."""
+    settings = [row.settings for row in rows]
+    alone = " of the first seed" if any(each.get("tune_on") == "first_seed" for each in settings) else ""
+    return f"{' and '.join(sorted({str(each.get('select', 'validation')) for each in settings}))} data{alone}"
+
+
+def as_published(rows: Iterable[Row]) -> str:
+    """A word on test data that chose or stopped, which is the published protocol's doing; empty where none did."""
+    return ", as the published protocol did" if any(row.settings.get("select") == "test" for row in rows) else ""
+
+
+def commits(rows: Iterable[Row]) -> str:
+    """The commits that rows come from, `+changes` where the checkout had some."""
+    return ", ".join(sorted({row.commit[:10] + ("+changes" if row.dirty else "") for row in rows}))
 
 
 def beats_floors(value: float, row: Row) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hgrn2_bench import fairness
-from hgrn2_bench.lines import Line, Run, beats_floors, best_lines, comparable, learned, settings_of
+from hgrn2_bench.lines import Line, Run, as_published, beats_floors, best_lines, chosen_on, commits, comparable, learned, settings_of
 from hgrn2_bench.protocol import Protocol
 from hgrn2_bench.render import Column, Score, Table, byte_count, count, short
 from hgrn2_bench.results import Row
@@ -176,22 +176,19 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
     if fixed:
         notes.append(f"the same for every line: {', '.join(fixed)}")
     notes += [fairness.note(rows)] if fairness.matched(first) else []
-    select = sorted({str(row.settings.get("select")) for row in rows})
     if any(line.searched for line in lines):
-        alone = " of the first seed" if any(row.settings.get("tune_on") == "first_seed" for row in rows) else ""
-        notes.append(f"{', '.join(protocol.tuned)} chosen on {' and '.join(select)} data{alone}" + _warn_test(select))
-    elif "test" in select:
-        notes.append("stopped on test data" + _warn_test(select))
+        notes.append(f"{', '.join(protocol.tuned)} chosen on {chosen_on(rows)}{as_published(rows)}")
+    elif as_published(rows):
+        notes.append(f"stopped on test data{as_published(rows)}")
     if protocol.solved is not None and any(len(line.runs) > 2 for line in lines):
         notes.append(
             f"median [range]; solved: at least {protocol.solved:g}" if protocol.higher_is_better else f"solved: at most {protocol.solved:g}"
         )
     devices = sorted({f"{row.device_name} ({row.device}, {row.threads} thread{'s' * (row.threads > 1)})" for row in rows})
     backends = sorted({row.backend for row in rows})
-    commits = sorted({row.commit[:10] + ("+changes" if row.dirty else "") for row in rows})
     notes.append(
         f"protocol version {first.protocol_version}, {first.dtype}, backend {', '.join(backends)}, {'; '.join(devices)}, "
-        f"commit {', '.join(commits)}"
+        f"commit {commits(rows)}"
     )
     beside = sorted({row.workers for row in rows})
     if one_device and max(beside) > 1:
@@ -205,10 +202,6 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
         notes.append("no speed column: the rows come from several devices")
     counts = sum(row.truncated + row.skipped for row in rows)
     return notes + ([f"{counts} truncated or skipped items"] if counts else []) + list(why)
-
-
-def _warn_test(select: Sequence[str]) -> str:
-    return ", as the published protocol did" if "test" in select else ""
 
 
 def _listed(seeds: Sequence[int]) -> str:

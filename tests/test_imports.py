@@ -27,6 +27,7 @@ OURS = {
     ),
     "drawing": ("hgrn2_bench.figures", "hgrn2_bench.render"),
     "compare": (
+        "hgrn2_bench.fairness",
         "hgrn2_bench.lines",
         "hgrn2_bench.tables",
         "hgrn2_bench.results",

@@ -214,6 +214,34 @@ def test_other_data_of_one_seed_are_never_paired():
         reports([*runs("hgrn2", 0.8, data_hash="one"), *runs("gla", 0.7, data_hash="other")])
 
 
+def matched(target, width, **more):
+    return {
+        "match": "params",
+        "match_target": target,
+        "match_len": 0,
+        "match_tolerance": 0.02,
+        "d_model": width,
+        "channel_width": width,
+        **more,
+    }
+
+
+def test_models_matched_in_parameters_are_paired_whatever_their_widths():
+    found = only([*runs("hgrn2", *FIVE, settings=matched(9000, 64)), *runs("gla", *minus(FIVE, 0.1), settings=matched(9000, 56))])
+    assert lines(found)[0]["pairs"] == 5
+    assert found.table.title.endswith(", matched to 9000 non-embedding parameters")
+    assert "not equal: d_model is 64 for hgrn2, 56 for gla" in found.table.notes
+    with pytest.raises(ConfigError, match="no rows with the same settings"):
+        reports([*runs("hgrn2", *FIVE, settings={"d_model": 64}), *runs("gla", *FIVE, settings={"d_model": 56})])
+
+
+def test_rows_of_another_match_have_a_report_of_their_own():
+    rows = [each for model in ("hgrn2", "gla") for target in (9000, 12000) for each in runs(model, *FIVE, settings=matched(target, 64))]
+    rows += [each for model in ("hgrn2", "gla") for each in runs(model, *FIVE, settings={"d_model": 64})]
+    titles = sorted(report.table.title.partition("better)")[2] for report in reports(rows))
+    assert titles == ["", ", matched to 12000 non-embedding parameters", ", matched to 9000 non-embedding parameters"]
+
+
 def test_presets_have_reports_of_their_own():
     rows = [each for preset in ("smoke", "paper") for model in ("hgrn2", "gla") for each in runs(model, *FIVE, preset=preset)]
     assert [report.table.title.split(":")[0] for report in reports(rows)] == ["mqar, preset paper", "mqar, preset smoke"]

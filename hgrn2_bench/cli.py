@@ -61,7 +61,7 @@ class RunOptions:
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False
     force: Annotated[bool, typer.Option("--force", help="Run finished cells again.")] = False
-    workers: Annotated[int, typer.Option(help="Worker processes; 0 for one per core (CPU) or one (GPU).", min=0)] = 0
+    workers: Annotated[int, typer.Option(help="Worker processes; 0 for one per core (CPU) or per GPU.", min=0)] = 0
     timeout: Annotated[float, typer.Option(help="Seconds that one cell may take; 0 for no limit.", min=0)] = 0
 
 

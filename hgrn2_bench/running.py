@@ -8,7 +8,7 @@ from typing import Any
 from tabulate import tabulate
 
 from hgrn2_bench import tuning
-from hgrn2_bench.cells import CellFolder, check_results
+from hgrn2_bench.cells import FINAL, CellFolder, check_results
 from hgrn2_bench.console import Monitor, duration, names
 from hgrn2_bench.executor import LocalExecutor
 from hgrn2_bench.plan import Cell, Plan, swept, written
@@ -34,7 +34,7 @@ class Run:
 
     def __init__(self, plan: Plan, executor: LocalExecutor, results: Path, force: bool = False, timeout_s: float | None = None) -> None:
         self.plan, self.executor, self.results, self.force, self.timeout_s = plan, executor, results, force, timeout_s
-        old = {} if force else archived(results, plan.protocol.name)
+        old = {key: rows for key, rows in archived(results, plan.protocol.name).items() if rows[0].status in FINAL}
         kept = {} if force else {cell.key: CellFolder(results, cell).rows() or old.get(cell.key) for cell in plan.cells}
         self.finished = {key: rows for key, rows in kept.items() if rows is not None}
 

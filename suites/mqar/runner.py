@@ -22,6 +22,9 @@ from hgrn2_bench.trainer import DivergedError
 from suites.mqar import data
 from suites.mqar.protocol import MQAR, MQARConfig, Segment
 
+SCORED = ("validation", "test")
+"""The splits in the setting of training."""
+
 
 def draw(config: MQARConfig, segment: Segment, seed: int) -> data.Examples:
     """Examples of one segment by the generator that the cell names; in the reference mode the random fill takes the same seed."""
@@ -174,15 +177,19 @@ class Runner:
         return metrics
 
     def _right(self, model: SequenceModel, queries: Queries, split: str) -> Tensor:
-        """Which queries (N, K) the model answers; DivergedError where a logit is not finite."""
+        """Which queries (N, K) the model answers: none whose logits are not all finite.
+
+        DivergedError where there are such, unless the split goes beyond training: failing there undoes nothing that was learned.
+        """
         right_NK = torch.empty_like(queries.values_NK, dtype=torch.bool)
-        finite = torch.ones((), dtype=torch.bool, device=right_NK.device)
+        sound = torch.ones((), dtype=torch.bool, device=right_NK.device)
         for start in range(0, len(queries), self.eval_batch_size):
             rows = slice(start, start + self.eval_batch_size)
             tokens_BT, where, values = queries.batch(rows)
             logits = model.logits(tokens_BT, where)
-            finite &= torch.isfinite(logits).all()
-            right_NK[rows] = (logits.argmax(-1) == values).view(-1, right_NK.shape[1])
-        if not finite:
+            finite = torch.isfinite(logits).all(-1)
+            sound &= finite.all()
+            right_NK[rows] = (finite & (logits.argmax(-1) == values)).view(-1, right_NK.shape[1])
+        if split in SCORED and not sound:
             raise DivergedError(f"logits on {split} data are not finite")
         return right_NK

@@ -243,8 +243,11 @@ def test_logits_that_are_not_finite_diverge():
         def logits(self, tokens_BT, where):
             return super().logits(tokens_BT, where) * float("nan")
 
+    run = Runner(cell_of("beyond_examples=5"))
     with pytest.raises(DivergedError, match="logits on validation data are not finite"):
-        Runner(cell_of()).score(Broken(16, False), "validation")
+        run.score(Broken(16, False), "validation")
+    assert run.score(Oracle(16, False), "test_len2x") == 1  # beyond training they are wrong answers
+    assert run.score(Broken(16, False), "test_len2x") == 0
 
 
 # floors

@@ -190,12 +190,11 @@ def _train_and_measure(
     try:
         trainer.fit(report, stop)
     finally:
-        facts.progress = trainer.at
+        facts.progress, facts.training_step = trainer.at, trainer.steps.mode
         if cell.device == "cuda":
             facts.peak_bytes = int(torch.cuda.max_memory_allocated())
     model.eval()
     facts.weights_hash = weights_hash(model)
-    facts.training_step = trainer.steps.mode
     return list(runner.report(model))
 
 
@@ -259,7 +258,7 @@ def _shared_fields(cell: Cell, facts: Facts) -> dict[str, Any]:
         "wall_s": round(at.train_s, 3),
         "compile_s": round(max(0.0, at.warm_s - at.warm_steps * (step_s or 0)), 3),
         "step_s": step_s,
-        "tokens_per_s": shape.step_tokens / step_s if step_s else None,
+        "tokens_per_s": statistics.median(at.token_rates) if at.token_rates else None,
         "peak_bytes": facts.peak_bytes,
         "device_name": provenance.device_name(cell.device) if cell.device == "cpu" or torch.cuda.is_available() else "none",
         "threads": torch.get_num_threads(),

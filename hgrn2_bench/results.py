@@ -49,6 +49,7 @@ class Row:
     step_s: float | None
     """Median seconds of one training step."""
     tokens_per_s: float | None
+    """Median over windows of training steps."""
     peak_bytes: int | None
     """Peak of torch's allocator on a GPU; None on a CPU, where a process that serves many cells cannot tell its own from theirs."""
     device: str

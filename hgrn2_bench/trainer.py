@@ -41,7 +41,7 @@ class TrainableTask(Protocol):
     steps_per_epoch: int
 
     def batch(self, step: int) -> Batch:
-        """Batch number `step` on the device, a pure function of (data, step)."""
+        """Batch number `step` on the device, a pure function of (data, step); its tokens (B, T, ...) come first."""
         ...
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
@@ -69,6 +69,8 @@ class Progress:
     warm_steps: int = 0
     step_times: list[float] = field(default_factory=list)
     """Mean seconds of a step in each window of up to LOG_EVERY steps after these."""
+    token_rates: list[float] = field(default_factory=list)
+    """Tokens per second in each of these windows: where steps differ in length, no step's time stands for all."""
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig, device: str) -> torch.optim.AdamW:
@@ -114,7 +116,7 @@ class Trainer:
         self.at = Progress()
         self.rate = config.lr
         self.pending: list[Tensor] = []
-        self.taken = 0
+        self.taken = self.window_tokens = 0
         self.window_began = 0.0
         self.best_weights: dict[str, Tensor] | None = None
         self.saved_at = time.monotonic()
@@ -150,7 +152,9 @@ class Trainer:
     def _step(self) -> None:
         at = self.at
         self.rate = learning_rate(self.config, at.step, self.total, self.task.steps_per_epoch)
-        self.pending.append(self.steps(self.task.batch(at.step), self.rate))
+        batch = self.task.batch(at.step)
+        self.pending.append(self.steps(batch, self.rate))
+        self.window_tokens += batch[0].shape[:2].numel()
         at.step += 1
         self.taken += 1
         if self.taken == self.steps.warm_steps:
@@ -171,6 +175,8 @@ class Trainer:
             at.warm_steps += len(values)
         elif values:
             at.step_times = [*at.step_times[-999:], took / len(values)]
+            at.token_rates = [*at.token_rates[-999:], self.window_tokens / took]
+        self.window_tokens = 0
         self.pending.clear()
         self.window_began = time.perf_counter()
 

@@ -130,6 +130,19 @@ def test_loss_that_is_not_finite_diverges_at_its_step(folder):
         train(folder, TrainConfig(epochs=2), Regression(nan_at=7))
 
 
+def test_speed_counts_the_tokens_of_each_step(folder):
+    """Steps of an epoch hold 4 x 8 numbers, in its second half 2 x 8; every five steps are a window."""
+
+    class Shrinking(Regression):
+        def batch(self, step):
+            x, y = super().batch(step)
+            return (x[:2], y[:2]) if step % 10 >= 5 else (x, y)
+
+    at = train(folder, TrainConfig(epochs=2, eval_every=5), Shrinking()).at
+    counted = [rate * took for rate, took in zip(at.token_rates, at.step_times, strict=True)]
+    assert counted == pytest.approx([32, 16, 32, 16])  # of the first window, all but the step that warms up
+
+
 @pytest.mark.parametrize("cut", [1, 9, 10, 37, 50, 51, 79])
 def test_resume_continues_bit_for_bit(folder, cut):
     config = TrainConfig(lr=0.02, epochs=8, warmup=0.1, clip=1.0, keep="best")

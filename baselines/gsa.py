@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, heads_of
-from hgrn2_bench.layers import ShortConv, conv_buffers, split_heads
+from hgrn2_bench.layers import RMSNorm, ShortConv, conv_buffers, split_heads
 from hgrn2_bench.ops.families import SlotInputs
 
 
@@ -52,7 +52,7 @@ class GSA(Mixer):
         self.forget_proj = nn.Linear(D, self.num_heads * self.num_slots, bias=spec.forget_bias != 0)
         if spec.conv:
             self.conv_q, self.conv_k, self.conv_v = (ShortConv(D, spec.conv, f"conv_{stream}") for stream in "qkv")
-        self.norm = nn.RMSNorm(D, eps=1e-5)
+        self.norm = RMSNorm(D, eps=1e-5)
         self.out_proj = nn.Linear(D, D, bias=False)
         self.init_forget_bias()
 

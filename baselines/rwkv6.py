@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, heads_of
-from hgrn2_bench.layers import ShortConv, activation_dtype, buffered, conv_buffers, split_heads
+from hgrn2_bench.layers import ShortConv, activation_dtype, conv_buffers, split_heads, token_shift
 from hgrn2_bench.ops import families
 from hgrn2_bench.ops.families import DecayInputs
 
@@ -35,7 +35,10 @@ LOW_RANK_BOUND = 0.01
 
 
 class RWKV6(Mixer):
-    """The time mixing of the paper's code, initialised as there; `head_dim=None` is min(64, D), 64 as published.
+    """The time mixing of the paper's code; `head_dim=None` is min(64, D), 64 as published. The block's channel mixing is not here.
+
+    Shift, decay and bonus start as there. The matrices start as `nn.Linear` does, and the norm's weight at 1: there they are orthogonal,
+    those of key and gate at a tenth, that of the output 0, and the norm's weight is ((layer + 1) / layers)^0.7.
 
     `forget_bias` is subtracted from d: -log w shrinks by exp(-forget_bias), as -log f of a sigmoid gate near 1 does. The token shift is
     part of the mixer, whatever `conv` says.
@@ -104,7 +107,7 @@ class RWKV6(Mixer):
     def mixtures(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, ...]:
         """The token shift: the inputs (B, T, D) of r, k, v, decay and gate."""
         x_BTD = x_BTD.to(activation_dtype(x_BTD))
-        delta_BTD = buffered(x_BTD, 1, "shift", ctx)[:, :-1] - x_BTD
+        delta_BTD = token_shift(x_BTD, ctx) - x_BTD
         low_BTSR = self.mix_in(x_BTD + delta_BTD * self.mix[0]).tanh().unflatten(-1, (5, -1))
         mu_SBTD = self.mix[1:, None, None] + torch.einsum("btsr,srd->sbtd", low_BTSR, self.mix_out)
         return (x_BTD + delta_BTD * mu_SBTD).unbind(0)

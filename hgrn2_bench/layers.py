@@ -112,14 +112,7 @@ def conv_names(mixer: nn.Module) -> list[str]:
 
 def token_shift(x_BTD: Tensor, ctx: Context) -> Tensor:
     """The token before each one, (B, T, D): zeros before the first, or the input that `ctx.state` holds under `shift`."""
-    past = torch.zeros_like(x_BTD[:, :1]) if ctx.state is None else ctx.state["shift"][0].to(x_BTD.dtype)
-    padded = torch.cat([past, x_BTD], 1)
-    if ctx.return_state:
-        end = (
-            torch.full_like(padded[:, 0, 0], x_BTD.shape[1], dtype=torch.long) if ctx.lengths_B is None else ctx.lengths_B.to(x_BTD.device)
-        )
-        ctx.next_state["shift"] = (padded.take_along_dim(end[:, None, None], 1),)
-    return padded[:, :-1]
+    return buffered(x_BTD, 1, "shift", ctx)[:, :-1]
 
 
 def forget_gate(logit_BTD: Tensor, bound_D: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """The commands `check` and `compare` as a user types them: what they print, what they refuse, and their exit codes."""
 
 import pytest
-from test_cli import BAD_MIXERS, TEST, bench
+from test_cli import TEST, bench
+from test_cli_failures import BAD_MIXERS
 
 
 def test_check_prints_a_line_per_check_and_its_exit_code_says_whether_all_passed(tmp_path):

@@ -35,6 +35,8 @@ def make_mixer(config: ModelConfig, mixer: type[Mixer], spec: MixerSpec) -> Mixe
         return mixer(spec)
     made = mixer(spec) if spec.layer else registry.load(config.first_layer)(replace(spec, settings={}))
     made.label = made.label or _name(type(made))
+    if spec.layer == 0 and type(made) is mixer and any(getattr(made, name) != value for name, value in spec.settings.items()):
+        made.label += " (default settings)"
     return made
 
 

@@ -221,6 +221,13 @@ def test_layers_are_named_where_they_differ(name, settings, layers):
     assert measure.effective(model).get("layers") == layers
 
 
+def test_a_first_layer_of_the_model_s_own_kind_is_told_apart_by_its_settings():
+    found = measure.effective(build("gla", first_layer="gla", settings={"num_heads": 2}))
+    assert found["layers"] == ["gla (default settings)", "gla"]
+    assert found["heads"] == "gla (default settings): 4; gla: 2"
+    assert "layers" not in measure.effective(build("gla", first_layer="gla", settings={"num_heads": 4}))
+
+
 def test_a_class_of_the_user_s_own_is_named_beside_the_first_layer():
     torch.manual_seed(0)
     config = dataclasses.replace(BASE, first_layer="gla")

@@ -158,7 +158,16 @@ BASED = Preset(
         "lr=1e-3,3.1622777e-3,1e-2,3.1622777e-2",  # np.logspace(-3, -1.5, 4)
         "dtype=float32",
     ),
-    tasks={"mixed_based": ("mixture=based", "seq_len=1024", "num_pairs=256")},
+    tasks={
+        "mixed_based": (
+            "mixture=based",
+            "seq_len=1024",  # of the longest test segment, as num_pairs
+            "num_pairs=256",
+            "train_examples=180_000",  # of all segments, as the two below
+            "validation_examples=7_000",
+            "test_examples=7_000",
+        ),
+    },
 )
 
 SHORT = Preset(

@@ -98,6 +98,18 @@ class Mixture(NamedTuple):
     train: tuple[Segment, ...]
     test: tuple[Segment, ...]
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What the keys of a single setting are in a cell of this mixture, so that its rows say what was drawn."""
+        tested = sum(segment.examples for segment in self.test)
+        return {
+            "seq_len": self.test[-1].seq_len,
+            "num_pairs": self.test[-1].num_pairs,
+            "train_examples": sum(segment.examples for segment in self.train),
+            "validation_examples": tested,
+            "test_examples": tested,
+        }
+
 
 MIXTURES = {
     # HazyResearch/zoology zoology/experiments/paper_configs/arxiv24_based_figure2/configs.py
@@ -131,7 +143,7 @@ class MQARConfig(MQAR):
     seq_len: int = 64
     num_pairs: int = 4
     mixture: str = choice("none", *MIXTURES)
-    """A named mixture of settings instead of one; `seq_len` and `num_pairs` are then those of its longest test segment."""
+    """A named mixture of settings instead of one; the keys of a single setting must then be `Mixture.sizes`."""
     train_examples: int = 100_000
     validation_examples: int = 1_000
     test_examples: int = 3_000
@@ -148,9 +160,9 @@ class MQARConfig(MQAR):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(self.beyond_examples >= 0, f"beyond_examples={self.beyond_examples} must be 0 (none) or positive")
         if self.mixture != "none":
-            longest = MIXTURES[self.mixture].test[-1]
-            same = (self.seq_len, self.num_pairs) == longest[:2]
-            require(same, f"mixture={self.mixture} has its own settings: leave seq_len={longest.seq_len} num_pairs={longest.num_pairs}")
+            sizes = MIXTURES[self.mixture].sizes
+            wrong = [f"{name}={size}" for name, size in sizes.items() if getattr(self, name) != size]
+            require(not wrong, f"mixture={self.mixture} fixes its own sizes: it needs {' '.join(wrong)}")
             require(not (self.shuffle or self.beyond_examples), f"mixture={self.mixture} takes neither shuffle nor beyond_examples")
 
     def segments(self) -> dict[str, tuple[Segment, ...]]:

@@ -127,6 +127,7 @@ def test_based_trains_from_short_to_long_and_tests_beyond():
     assert [tuple(s[:2]) for s in MIXTURES["based"].test] == [(64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)]
     assert {s.examples for s in MIXTURES["based"].test} == {1_000}
     assert found("based", "data", "mixture") == {"based"}
+    assert found("based", "data", "train_examples") == {180_000}
     assert found("based", "data", "random_fill") == {True}
     assert (found("based", "train", "batch_size"), found("based", "train", "eval_batch_size")) == ({256}, {32})
     assert found("based", "train", "epochs") == {32}

@@ -34,7 +34,7 @@ def cell_of(*words):
 def mixed(*words, **changes):
     """A cell of the mixture, whose name the registered schema does not know."""
     made = cell_of(*words)
-    config = {"vocab_size": 32, "seq_len": 32, "num_pairs": 8, "mixture": "mixed"} | changes
+    config = {"vocab_size": 32, "mixture": "mixed"} | MIXED.sizes | changes
     return dataclasses.replace(made, data=MQARConfig(**config))
 
 
@@ -280,10 +280,19 @@ def test_floors_name_the_uniform_guess_and_the_recall_free_one():
 # the schema
 
 
-@pytest.mark.parametrize("changes", [{"shuffle": True}, {"beyond_examples": 5}, {"seq_len": 64}, {"num_pairs": 4}])
+@pytest.mark.parametrize(
+    "changes", [{"shuffle": True}, {"beyond_examples": 5}, {"seq_len": 64}, {"num_pairs": 4}, {"train_examples": 35}, {"test_examples": 30}]
+)
 def test_a_mixture_takes_no_other_setting(changes):
     with pytest.raises(protocol.ConfigError, match="mixture=mixed"):
         mixed(**changes)
+
+
+def test_the_sizes_of_a_mixture_say_what_is_drawn():
+    sizes = {"seq_len": 32, "num_pairs": 8, "train_examples": 36, "validation_examples": 60, "test_examples": 60}
+    assert MIXED.sizes == sizes
+    drawn = {split: len(examples(Runner(mixed()), split)) for split in ("train", "validation", "test")}
+    assert {f"{split}_examples": number for split, number in drawn.items()} == {k: v for k, v in sizes.items() if "examples" in k}
 
 
 def test_a_mixture_s_validation_data_are_those_of_its_test_settings():

@@ -111,6 +111,7 @@ def agree(got: Tensor, want: Tensor, what: str, tolerance: tuple[float, float] =
     require(got.dtype == want.dtype, f"{what}: {got.dtype}, not {want.dtype}")
     relative, absolute = tolerance
     difference = (got - want).abs()
+    require(bool(difference.isfinite().all()), f"{what}: not finite")
     error = difference.max().item() if difference.numel() else 0.0
     require(bool((difference <= absolute + relative * want.abs()).all()), f"{what}: differs by up to {error:.2g}")
     return error
@@ -172,6 +173,7 @@ def causality(subject: Subject, changed: Sequence[int] = (1, 16, 33, 40, LONG - 
     """A changed token leaves earlier outputs as they were, up to `relative` of the largest output, and is seen later."""
     mixer, x = subject.build(), subject.inputs(2, LONG)
     before, worst = mixer(x, subject.context()), 0.0
+    require(bool(before.isfinite().all()), "the output is not finite")
     for token in changed:
         other = x.clone()
         other[:, token] += 3
@@ -188,6 +190,7 @@ def determinism(subject: Subject) -> str:
     """One seed gives one output, bit for bit."""
     mixer, x = subject.build(), subject.inputs(2, LENGTH)
     first = mixer(x, subject.context())
+    require(bool(first.isfinite().all()), "the output is not finite")
     require(torch.equal(mixer(x, subject.context()), first), "a second call on the same input gives another output")
     require(torch.equal(subject.build()(x, subject.context()), first), "two mixers built from one seed give different outputs")
     return "difference 0: the same seed gives the same output"

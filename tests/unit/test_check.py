@@ -42,6 +42,11 @@ class NotFinite(Mean):
         return super().forward(x) / (x.shape[1] != 65)
 
 
+class AllNaN(Mean):
+    def forward(self, x):
+        return float("nan") * super().forward(x)
+
+
 class Constant(Mean):
     def forward(self, x):
         return 0 * super().forward(x) + 1
@@ -168,6 +173,12 @@ def subject(cls, shake=0.0):
 def test_each_fault_is_found_by_its_check_and_named(cls, name, told):
     with pytest.raises(BrokenPromiseError, match=told):
         check.CONTRACT[name](subject(cls))
+
+
+@pytest.mark.parametrize("name", ["causality", "determinism", "decoding", "two chunks", "batch"])
+def test_an_output_that_is_not_finite_is_told_as_that_and_not_as_another_fault(name):
+    with pytest.raises(BrokenPromiseError, match=r"not finite$"):
+        check.CONTRACT[name](subject(AllNaN))
 
 
 @pytest.mark.parametrize("name", check.CONTRACT)

@@ -167,9 +167,10 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
     rows = [run.row for line in lines for run in line.runs]
     first = lines[0].first
     notes = []
-    floors = next((row.floors for row in rows if row.floors), {})
+    floors = {name: [row.floors[name] for row in rows if name in row.floors] for row in rows for name in row.floors}
     if floors:
-        notes.append("floors: " + "; ".join(f"{name} {value:.3f}" for name, value in floors.items()))
+        ends = {name: dict.fromkeys(f"{value:.3f}" for value in (min(found), max(found))) for name, found in floors.items()}
+        notes.append("floors: " + "; ".join(f"{name} {' to '.join(each)}" for name, each in ends.items()))
     budget = ("lr", "batch_size", *protocol.budget, "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
     same = {key: {json.dumps(row.settings.get(key)) for row in rows} for key in budget}
     fixed = [f"{key} {json.loads(next(iter(v)))}" for key, v in same.items() if len(v) == 1]

@@ -286,6 +286,11 @@ def test_floors_are_printed():
     )
 
 
+def test_floors_that_differ_between_lines_are_printed_as_a_range():
+    rows = [*run(0.9, model="gla", floors={"f": 1000.0}), *run(0.8, model="mamba", floors={"f": 0.25, "g": 0.5})]
+    assert noted(only(rows), "floors: f 0.250 to 1000.000; g 0.500")
+
+
 def test_a_model_at_the_floor_has_not_learned_and_ranks_below():
     floors = {"uniform": 0.06, "recall-free guess": 0.31}
     # two standard errors of 0.31 over 3,000 examples are 0.0169

@@ -158,7 +158,7 @@ def _print_all() -> None:
     for name in registry.suites():
         print(f"  {name:<18}{registry.suite_summary(name)}")
         for preset, content in registry.protocol(name).presets.items():
-            print(f"    preset={preset:<9} {content.summary}")
+            print(f"    {f'preset={preset}':<20}{content.summary}")
     print("\nmodels")
     for name, model in registry.models().items():
         print(f"  {name:<18}{model.summary}")
@@ -172,7 +172,8 @@ def _print_suite(name: str) -> None:
     print(f"{name}: {registry.suite_summary(name)}\nprotocol version {protocol.version}, metric {protocol.metric} ({protocol.unit})")
     for preset, content in protocol.presets.items():
         print(f"\npreset={preset}: {content.summary}\n  source: {content.source}\n  tasks: {', '.join(content.tasks)}")
-        print(f"  words: {' '.join(content.words)}")
+        last = {word.partition("=")[0]: word for word in content.words}  # a preset may take over words and replace some
+        print(f"  words: {' '.join(last.values())}")
     print("\nkeys (defaults; presets override them)")
     for schema in sections(protocol).values():
         for field in dataclasses.fields(schema):
@@ -251,7 +252,8 @@ def _rows(results: Path, suite: str) -> "list[Row]":
 
 
 def _no_rows(results: Path, suite: str, preset: str) -> ConfigError:
-    return ConfigError(f"no rows of {suite}{f' preset {preset}' if preset else ''} in {results}: run suite={suite} first")
+    words = f"suite={suite}" + (f" preset={preset}" if preset else "")
+    return ConfigError(f"no rows of {suite}{f' preset {preset}' if preset else ''} in {results}: run {words} first")
 
 
 def _print_tables(rows: "Sequence[Row]", suite: str, form: str, metric: str | None = None) -> bool:

@@ -311,7 +311,7 @@ def _speed(found: Sequence[Comparison], names: Names) -> str:
         return "no speed: no pair was measured on one device"
     several = "s" * (len(ratios) > 1)
     return (
-        f"speed: {names.ours} trains at {statistics.median(ratios):.2g} times the tokens/s of {names.theirs} "
+        f"speed: {names.ours} trains at {statistics.median(ratios):.2f} times the tokens/s of {names.theirs} "
         f"(median of {len(ratios)} pair{several}, {', '.join(sorted(devices))})"
     )
 

@@ -168,14 +168,15 @@ def refusal(matches: Sequence[Match]) -> str:
     missed = sorted((m for m in matches if m.missed), key=lambda m: -abs(m.residual or 0))
     if not missed:
         return ""
-    worst, aim = missed[0], missed[0].cell.matching
+    worst, aim, first = missed[0], missed[0].cell.matching, matches[0].cell.model
     what = "non-embedding parameters" if aim.match == "params" else "bytes of state"
     others = sorted({m.cell.model for m in missed} - {worst.cell.model})
     return (
         f"{worst.cell.model} ({worst.how}) has {worst.reached} {what}, {worst.residual:+.1%} of the target {aim.match_target} in "
         f"{worst.cell.task}, beyond match_tolerance={aim.match_tolerance:g}"
         + (f"; {', '.join(others)} too" if others else "")
-        + ": leave such models out, or what was given for them, or state a larger match_tolerance"
+        + f": leave such models out, or what was given for them ({first}.key=value holds for {first} only), "
+        "or state a larger match_tolerance"
     )
 
 

@@ -171,7 +171,7 @@ def first_layer(name: str) -> tuple[Model, ...]:
 def _user_model(ref: str) -> Model:
     path, _, class_name = ref.partition(":")
     if not class_name.isidentifier():
-        raise ConfigError(f"model={ref}: name the class too, {path}:MyMixer")
+        raise ConfigError(f"model={ref}: name the class too, as in {path}:MyMixer")
     if not Path(path).is_file():
         raise ConfigError(f"model={ref}: no file {path}")
     if class_name in models():
@@ -183,7 +183,9 @@ def read_model(path: Path, name: str, module: str, class_name: str | None = None
     """Read a model's class, settings and facts from its source text; ConfigError where the file does not hold one."""
     try:
         tree = ast.parse(path.read_text())
-    except (OSError, UnicodeDecodeError, SyntaxError) as error:
+    except SyntaxError as error:
+        raise ConfigError(f"model {name!r}: cannot read {path}, line {error.lineno}: {error.msg}") from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"model {name!r}: cannot read {path}: {error}") from None
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     mixers = [c for c in classes if any(ast.unparse(b).split(".")[-1] == "Mixer" for b in c.bases)]

@@ -72,6 +72,15 @@ def test_light_commands_import_neither_torch_nor_fla_nor_pandas(words, tmp_path)
     assert done.returncode == 0, done.stderr
 
 
+def test_the_words_of_a_preset_are_listed_once_each_and_give_its_cells(tmp_path):
+    listed = bench("list", "mqar", cwd=tmp_path).stdout.split("preset=short:")[1].split("words: ")[1].split("\n")[0].split()
+    names = [word.partition("=")[0] for word in listed]
+    assert len(set(names)) == len(names)
+    words = ["suite=mqar", "preset=short", "seed=0", "task=len64_kv4"]
+    typed = [word for word in listed if not word.startswith(("seed=", "task="))]
+    assert [cell.key for cell in make_plan([*words, *typed], "cpu").cells] == [cell.key for cell in make_plan(words, "cpu").cells]
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -335,7 +344,10 @@ def test_plot_writes_figures_with_the_same_bytes_and_says_what_it_leaves_out(tmp
     ("words", "told"),
     [
         (["mqar", "--results", "nowhere"], "no rows of mqar in nowhere: run suite=mqar first"),
-        (["mqar", "--results", str(KEPT), "--preset", "paper"], "no rows of mqar preset paper"),
+        (
+            ["mqar", "--results", str(KEPT), "--preset", "paper"],
+            f"no rows of mqar preset paper in {KEPT}: run suite=mqar preset=paper first",
+        ),
         (["mqar", "--preset", "smoek"], "Did you mean 'smoke'?"),
         (["mqra"], "Did you mean 'mqar'?"),
         (["mqar", "--results", str(KEPT), "--out", "file/inside"], "cannot write figures to file/inside"),

@@ -301,7 +301,7 @@ def test_unequal_depth_and_parameters_are_stated_beyond_a_tenth():
 
 def test_speed_is_compared_on_one_device_only():
     rows = [*runs("hgrn2", *FIVE, tokens_per_s=5e4), *runs("gla", *FIVE, tokens_per_s=1e5)]
-    assert "speed: hgrn2 trains at 0.5 times the tokens/s of gla (median of 5 pairs, A processor)" in only(rows).table.notes
+    assert "speed: hgrn2 trains at 0.50 times the tokens/s of gla (median of 5 pairs, A processor)" in only(rows).table.notes
     apart = [*runs("hgrn2", *FIVE), *runs("gla", *FIVE, device_name="Another")]
     assert "no speed: no pair was measured on one device" in only(apart).table.notes
 

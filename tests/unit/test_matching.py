@@ -258,6 +258,7 @@ def test_given_values_that_miss_the_target_are_refused_in_one_line(words, told):
     text = refusal(resolved(*words)[1])
     assert text.startswith(told)
     assert "beyond match_tolerance=0.02" in text
+    assert "(hgrn2.key=value holds for hgrn2 only)" in text
     assert "\n" not in text
 
 

@@ -337,7 +337,7 @@ def test_a_registered_file_defines_one_mixer(tmp_path, number):
 @pytest.mark.parametrize(
     ("source", "ref", "part"),
     [
-        (MIXER, "mine.py", "name the class too, {path}:MyMixer"),
+        (MIXER, "mine.py", "name the class too, as in {path}:MyMixer"),
         (MIXER, "mine.py:", "name the class too"),
         (MIXER, "mine.py:1x", "name the class too"),
         (MIXER, "mine.py:a.b", "name the class too"),
@@ -345,7 +345,7 @@ def test_a_registered_file_defines_one_mixer(tmp_path, number):
         (MIXER, "mine.py:MyMixr", "'MyMixr'. Did you mean 'MyMixer'? Available: Helper, MyMixer, Plain."),
         ("x = 1\n", "mine.py:MyMixer", "defines no class"),
         ("class gla(Mixer):\n    pass\n", "mine.py:gla", "'gla' is already a registered model; rename the class"),
-        ("class A(:\n", "mine.py:A", "cannot read {path}"),
+        ("x = 1\nclass A(:\n", "mine.py:A", "cannot read {path}, line 2: invalid syntax"),
         ("class A(Mixer):\n    a: list = 1\n", "mine.py:A", "setting 'a' must be"),
     ],
     ids=["no class", "empty class", "no name", "dotted", "no file", "typo", "no classes", "taken", "syntax", "type"],

@@ -17,7 +17,7 @@ def required(cells: Sequence[Cell], rows: Mapping[str, Sequence[Row]], protocol:
     """
     found: set[str] = set()
     for group in _groups(cells, protocol):
-        first = [cell for cell in group if _leads(cell, group, protocol)]
+        first = _leading(group, protocol)
         found |= {cell.key for cell in first}
         if len(first) < len(group) and all(cell.key in rows for cell in first):
             best = best_point([row for cell in first for row in rows[cell.key]], protocol)
@@ -29,15 +29,18 @@ def count(cells: Sequence[Cell], protocol: Protocol) -> int:
     """How many of these cells will have run in the end."""
     total = 0
     for group in _groups(cells, protocol):
-        first = [cell for cell in group if _leads(cell, group, protocol)]
+        first = _leading(group, protocol)
         total += len(first) + len({cell.seed for cell in group} - {cell.seed for cell in first})
     return total
 
 
-def _leads(cell: Cell, group: Sequence[Cell], protocol: Protocol) -> bool:
-    """Whether a cell waits for no other."""
-    searched = len({_point(each, protocol) for each in group}) > 1
-    return cell.train.tune_on != "first_seed" or not searched or cell.seed == min(each.seed for each in group)
+def _leading(group: Sequence[Cell], protocol: Protocol) -> list[Cell]:
+    """The cells of a group that wait for no other."""
+    searched = len({_point(cell, protocol) for cell in group}) > 1
+    if group[0].train.tune_on != "first_seed" or not searched:
+        return list(group)
+    lowest = min(cell.seed for cell in group)
+    return [cell for cell in group if cell.seed == lowest]
 
 
 def _groups(cells: Sequence[Cell], protocol: Protocol) -> list[list[Cell]]:

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 
 from hgrn2_bench import contract, engine, registry
+from hgrn2_bench.config import written
 from hgrn2_bench.console import Monitor, names
 from hgrn2_bench.contract import BrokenPromiseError, DoesNotApplyError, Subject, loss_of
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.executor import LocalExecutor, default_workers
 from hgrn2_bench.lines import beats_floors
 from hgrn2_bench.model import mixer_spec
-from hgrn2_bench.plan import Cell, written
+from hgrn2_bench.plan import Cell
 from hgrn2_bench.render import count
 from hgrn2_bench.results import Row
 

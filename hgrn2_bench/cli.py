@@ -182,7 +182,7 @@ def _print_suite(name: str) -> None:
 
 
 def _print_model(ref: str) -> None:
-    from hgrn2_bench.plan import written
+    from hgrn2_bench.config import written
 
     model = registry.model(ref)
     print(f"{model.name}: {model.summary}\nversion {model.version}, {model.module}\nsettings")

@@ -7,6 +7,7 @@ OmegaConf converts each value to the type of its schema field.
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -207,6 +208,18 @@ def _scalar(item: Any, override: Any, text: str) -> Any:
     if isinstance(value, str) and "${" in value:
         raise ConfigError(f"{text!r}: ${{...}} means nothing here; write the value")
     return value
+
+
+def written(value: Any) -> str:
+    """A value as one word of the grammar: null, a number or a name as it is, any other text in quotes, a list in brackets."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(written, value))}]"
+    if not isinstance(value, str):
+        return "null" if value is None else str(value)
+    if re.fullmatch(r"[A-Za-z_./][\w./:-]*", value) and value.lower() not in ("null", "true", "false", "inf", "nan"):
+        return value
+    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), value)  # Hydra's rule for quotes
+    return f"'{escaped}'"
 
 
 def convert(schema: type, key: str, value: Any, shown: str) -> Any:

@@ -7,8 +7,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from hgrn2_bench.config import written
 from hgrn2_bench.executor import Event
-from hgrn2_bench.plan import Cell, swept, written
+from hgrn2_bench.plan import Cell, swept
 from hgrn2_bench.results import Row
 
 PLAIN_EVERY_S = 15.0

@@ -9,14 +9,13 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from hgrn2_bench import registry
-from hgrn2_bench.config import PLAN_KEYS, CellConfig, MatchConfig, ModelConfig, TrainConfig, Word, convert, parse_words, schema_of
+from hgrn2_bench.config import PLAN_KEYS, CellConfig, MatchConfig, ModelConfig, TrainConfig, Word, convert, parse_words, schema_of, written
 from hgrn2_bench.errors import ConfigError, unknown
 from hgrn2_bench.protocol import Preset, Protocol
 
@@ -50,14 +49,18 @@ class Cell:
     """The command that runs exactly this cell; not part of the key."""
     processes: int = 1
     matching: MatchConfig = field(default_factory=MatchConfig)
-    """What was matched; a cell without a match keeps the key that it has without this field."""
+    """What was matched."""
 
     @property
     def key(self) -> str:
-        """16 hex digits over everything that can change the numbers, and over what was matched (a tolerance changes neither)."""
-        content = {k: v for k, v in self.to_json().items() if k not in ("model_ref", "command", "matching")}
-        if self.matching.match != "none":
-            content["matching"] = {k: v for k, v in dataclasses.asdict(self.matching).items() if k != "match_tolerance"}
+        """16 hex digits over everything that can change the numbers, and over what was matched (a tolerance changes neither).
+
+        Plain keys count where they differ from their schema's default, so that a new key orphans no finished cell. The price: whoever
+        changes a default raises the protocol's version.
+        """
+        content = {k: v for k, v in self.to_json().items() if k not in ("model_ref", "command")}
+        content |= {name: _departures(getattr(self, name)) for name in ("model_config", "train", "data", "matching")}
+        content["matching"].pop("match_tolerance", None)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -338,18 +341,6 @@ def versions(model: registry.Model, settings: Mapping[str, Any], first: str) -> 
     return " ".join([model.full_version(settings), *(f"{each.name}:{each.version}" for each in registry.first_layer(first))])
 
 
-def written(value: Any) -> str:
-    """A value as one word of the grammar: null, a number or a name as it is, any other text in quotes, a list in brackets."""
-    if isinstance(value, tuple):
-        return f"[{','.join(map(written, value))}]"
-    if not isinstance(value, str):
-        return "null" if value is None else str(value)
-    if re.fullmatch(r"[A-Za-z_./][\w./:-]*", value) and value.lower() not in ("null", "true", "false", "inf", "nan"):
-        return value
-    escaped = re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), value)  # Hydra's rule for quotes
-    return f"'{escaped}'"
-
-
 def rewritten(command: str, values: Mapping[str, Any]) -> str:
     """A cell's command with these words, each in place of a word of the same name."""
     *words, option, device = shlex.split(command)
@@ -367,6 +358,12 @@ def swept(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
         place: [k for k, v in found[same[0].key].items() if any(found[cell.key][k] != v for cell in same)] for place, same in groups.items()
     }
     return {cell.key: {k: found[cell.key][k] for k in differ[cell.task, cell.model]} for cell in cells}
+
+
+def _departures(section: Any) -> dict[str, Any]:
+    """The fields of a section that differ from their defaults."""
+    found = {f.name: (getattr(section, f.name), f.default) for f in dataclasses.fields(section)}
+    return {name: value for name, (value, default) in found.items() if value != default}
 
 
 def _own(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from tabulate import tabulate
 
 from hgrn2_bench import tuning
 from hgrn2_bench.cells import FINAL, CellFolder, check_results
+from hgrn2_bench.config import written
 from hgrn2_bench.console import Monitor, duration, names
 from hgrn2_bench.executor import LocalExecutor
-from hgrn2_bench.plan import Cell, Plan, swept, written
+from hgrn2_bench.plan import Cell, Plan, swept
 from hgrn2_bench.render import byte_count, count
 from hgrn2_bench.results import Row, archived
 

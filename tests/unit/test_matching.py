@@ -1,7 +1,6 @@
 """Fair matching: what is counted, which setting changes, that the nearest legal value wins, and what is refused."""
 
 import dataclasses
-import hashlib
 import json
 import shlex
 
@@ -285,12 +284,6 @@ def test_words_without_effect_are_refused(words, message):
 
 
 # keys and commands
-
-
-def test_a_cell_without_a_match_has_the_key_of_its_other_fields():
-    cell = make_plan(["suite=mqar", "preset=test", "model=hgrn2"], "cpu").cells[0]
-    content = {k: v for k, v in cell.to_json().items() if k not in ("model_ref", "command", "matching")}
-    assert cell.key == hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def test_a_key_changes_with_match_target_and_length_but_not_with_the_tolerance():

@@ -14,9 +14,9 @@ import textwrap
 import pytest
 
 from hgrn2_bench import plan, registry
-from hgrn2_bench.config import PLAN_KEYS, ModelConfig, TrainConfig, parse_words
+from hgrn2_bench.config import PLAN_KEYS, ModelConfig, TrainConfig, parse_words, written
 from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.plan import Cell, make_plan, plan_beside, resolve_backend, written
+from hgrn2_bench.plan import Cell, make_plan, plan_beside, resolve_backend
 from hgrn2_bench.protocol import Preset, Protocol
 
 PAPER = ("preset=paper", "task=len64_kv4", "d_model=64", "lr=1e-3")
@@ -624,6 +624,7 @@ def changed(value, choices):
 
 BASE = one("model=hgrn2", "lower_bound=exclusive", "channel_mixer=glu", "num_layers=2")
 SECTIONS = ("model_config", "train", "data")
+MIXED = {"train_examples": 180_000, "validation_examples": 7_000, "test_examples": 7_000}  # what mixture=based draws
 INNER = [(section, f.name) for section in SECTIONS for f in dataclasses.fields(getattr(BASE, section))]
 OUTER = [f.name for f in dataclasses.fields(Cell) if f.name not in (*SECTIONS, "settings", "model_ref", "command", "matching")]
 
@@ -632,11 +633,23 @@ OUTER = [f.name for f in dataclasses.fields(Cell) if f.name not in (*SECTIONS, "
 def test_a_key_changes_with_every_setting(section, name):
     old = getattr(BASE, section)
     choices = type(old).__dataclass_fields__[name].metadata.get("choices")
-    with_it = {"seq_len": 1024, "num_pairs": 256, "vocab_size": 8192} if name == "mixture" else {}
+    with_it = {"seq_len": 1024, "num_pairs": 256, "vocab_size": 8192, **MIXED} if name == "mixture" else {}
     same = dataclasses.replace(BASE, **{section: dataclasses.replace(old, **with_it)})
     new = dataclasses.replace(old, **{name: changed(getattr(old, name), choices)}, **with_it)
     assert same.key != dataclasses.replace(BASE, **{section: new}).key
     assert dataclasses.replace(BASE, **{section: new}).key != BASE.key
+
+
+def test_a_key_does_not_know_fields_left_at_their_default():
+    """A field that a later version adds would otherwise orphan every finished cell."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Later(type(BASE.train)):
+        brand_new: int = 0
+
+    later = Later(**dataclasses.asdict(BASE.train))
+    assert dataclasses.replace(BASE, train=later).key == BASE.key
+    assert dataclasses.replace(BASE, train=dataclasses.replace(later, brand_new=1)).key != BASE.key
 
 
 @pytest.mark.parametrize("name", OUTER)

@@ -95,6 +95,7 @@ class Steps:
             generator.graphsafe_set_state(generator.clone_state())
             reason = error.__context__ or error  # the end of a failed capture raises too, and says less
             self.capturing = False
-            self.mode = f"eager; cannot be captured in a CUDA graph: {' '.join(str(reason).split())[:120]}"
+            kind = "CUDA graph for some shapes, eager for others" if self.captured else "eager"
+            self.mode = f"{kind}; cannot be captured in a CUDA graph: {' '.join(str(reason).split())[:120]}"
             return
         self.captured[shapes], self.mode = _Captured(graph, inputs, loss), "CUDA graph"

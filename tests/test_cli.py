@@ -331,7 +331,7 @@ def test_plot_writes_figures_with_the_same_bytes_and_says_what_it_leaves_out(tmp
     pytest.importorskip("matplotlib")
     written = []
     for out in ("one", "two"):
-        done = bench("plot", "mqar", "--results", KEPT, "--out", out, cwd=tmp_path)
+        done = bench("plot", "mqar", "--results", KEPT, "--preset", "smoke", "--out", out, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert done.stdout == f"{out}/mqar_smoke_v1_float32_state.png (and .svg, .csv)\n"
         assert "note: no mqar_smoke_v1_float32_width: its rows give only d_model 64\n" in done.stderr

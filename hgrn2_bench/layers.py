@@ -174,8 +174,3 @@ def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Vectors of length 1 over the last dimension, x / sqrt(sum of x^2 + eps), computed in float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def rms_norm(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Root-mean-square norm over the last dimension without a weight (SimpleRMSNorm of the HGRN papers)."""
-    return F.rms_norm(x, (x.shape[-1],), eps=eps)

@@ -162,14 +162,18 @@ def find_rows(results: Path, suite: str) -> tuple[list[Row], list[str]]:
     return list(found.values()), problems
 
 
-def archived(results: Path, suite: str) -> dict[str, list[Row]]:
-    """The rows kept under `rows/` of a results folder, by cell: the newest where a cell is there twice."""
+def archived(results: Path, suite: str) -> tuple[dict[str, list[Row]], list[str]]:
+    """The rows kept under `rows/` of a results folder, by cell: the newest where a cell is there twice; and what could not be read."""
     found: dict[str, list[Row]] = {}
+    problems: list[str] = []
     for path in sorted((results / "rows").glob("**/*.jsonl")):
-        for row in read_rows(path)[0]:
+        rows, faults = read_rows(path)
+        problems += faults
+        for row in rows:
             if row.suite == suite:
                 found.setdefault(row.cell, []).append(row)
-    return {cell: [row for row in rows if row.time == max(r.time for r in rows)] for cell, rows in found.items()}
+    newest = {cell: [row for row in rows if row.time == max(r.time for r in rows)] for cell, rows in found.items()}
+    return newest, problems
 
 
 def frame(rows: Iterable[Row]) -> "pandas.DataFrame":

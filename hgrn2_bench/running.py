@@ -35,7 +35,10 @@ class Run:
 
     def __init__(self, plan: Plan, executor: LocalExecutor, results: Path, force: bool = False, timeout_s: float | None = None) -> None:
         self.plan, self.executor, self.results, self.force, self.timeout_s = plan, executor, results, force, timeout_s
-        old = {key: rows for key, rows in archived(results, plan.protocol.name).items() if rows[0].status in FINAL}
+        kept_rows, problems = archived(results, plan.protocol.name)
+        for problem in problems:
+            print(f"note: {problem}", file=sys.stderr)
+        old = {key: rows for key, rows in kept_rows.items() if rows[0].status in FINAL}
         kept = {} if force else {cell.key: CellFolder(results, cell).rows() or old.get(cell.key) for cell in plan.cells}
         self.finished = {key: rows for key, rows in kept.items() if rows is not None}
 

@@ -263,5 +263,10 @@ def test_archived_rows_are_the_newest_of_each_cell(tmp_path):
     other, foreign = row(cell="b", time="2026-01-01"), row(cell="c", suite="lra")
     (tmp_path / "rows/one.jsonl").write_text("".join(r.to_json() + "\n" for r in (new, other, foreign)))
     (tmp_path / "rows/two.jsonl").write_text(old.to_json() + "\n")
-    assert archived(tmp_path, "mqar") == {"a": [new], "b": [other]}
-    assert archived(tmp_path / "nowhere", "mqar") == {}
+    assert archived(tmp_path, "mqar") == ({"a": [new], "b": [other]}, [])
+    assert archived(tmp_path / "nowhere", "mqar") == ({}, [])
+    (tmp_path / "rows/two.jsonl").write_text(old.to_json()[:50])
+    rows, problems = archived(tmp_path, "mqar")
+    assert rows == {"a": [new], "b": [other]}
+    assert len(problems) == 1
+    assert "two.jsonl" in problems[0]

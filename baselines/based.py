@@ -18,6 +18,7 @@ Shape letters: B batch, T time, D width, H heads, K features, V value.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -107,7 +108,44 @@ class Based(Mixer):
 
 def taylor_exp(x: Tensor) -> Tensor:
     """phi: (..., d) to (..., 1 + d + d (d + 1) / 2), with phi(x) . phi(y) = 1 + s + s^2 / 2 for s = x . y / sqrt(d)."""
-    d = x.shape[-1]
-    y = x * d**-0.25
-    pairs = [y[..., i : i + 1] * y[..., i + 1 :] for i in range(d - 1)]
-    return torch.cat([torch.ones_like(y[..., :1]), y, y * y * math.sqrt(0.5), *pairs], -1)
+    phi: Tensor = _Features.apply(x * x.shape[-1] ** -0.25)
+    return phi
+
+
+class _Features(torch.autograd.Function):
+    """1, y_i, y_i^2 / sqrt(2) and the products y_i y_{i+r} (mod d) for r = 1 .. d / 2; of a half turn, where d is even, the first d / 2.
+
+    By hand, since autograd would take hundreds of small kernels for these products and keep each factor.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        d, y2 = y.shape[-1], torch.cat([y, y], -1)
+        ctx.save_for_backward(y2)
+        phi = y.new_ones(*y.shape[:-1], 1 + d + d * (d + 1) // 2)
+        phi[..., 1 : d + 1] = y
+        torch.mul(y * math.sqrt(0.5), y, out=phi[..., d + 1 : 2 * d + 1])
+        for r, n, place in _products(d):
+            torch.mul(y2[..., :n], y2[..., r : r + n], out=phi[..., place])
+        return phi
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y2,) = ctx.saved_tensors
+        d = y2.shape[-1] // 2
+        grad_y2 = torch.zeros_like(y2)
+        grad_y2[..., :d] = grad[..., 1 : d + 1]
+        grad_y2[..., :d].addcmul_(y2[..., :d], grad[..., d + 1 : 2 * d + 1], value=math.sqrt(2))
+        for r, n, place in _products(d):
+            grad_y2[..., :n].addcmul_(grad[..., place], y2[..., r : r + n])
+            grad_y2[..., r : r + n].addcmul_(grad[..., place], y2[..., :n])
+        return grad_y2[..., :d] + grad_y2[..., d:]
+
+
+def _products(d: int) -> Iterator[tuple[int, int, slice]]:
+    """Each shift r, the number of its products, and their place among the features."""
+    start = 2 * d + 1
+    for r in range(1, d // 2 + 1):
+        n = d // 2 if 2 * r == d else d
+        yield r, n, slice(start, start + n)
+        start += n

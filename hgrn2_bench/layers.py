@@ -44,6 +44,8 @@ class FollowsBackend:
     """A layer with a Triton kernel of fla beside torch's own; the model sets its `backend` to that of the mixers."""
 
     backend: str = "chunked"
+    replayed: bool = False
+    """Whether training replays it in a CUDA graph, where a kernel costs no launch; `Steps` sets it."""
 
     def on_triton(self, x: Tensor) -> bool:
         """Whether fla's kernel takes this input."""
@@ -51,11 +53,14 @@ class FollowsBackend:
 
 
 class LayerNorm(FollowsBackend, nn.LayerNorm):
-    """Layer norm over the last dimension. While training on fla in Triton: torch's kernels take a block of threads for each short row."""
+    """Layer norm over the last dimension; in a training step's CUDA graph on fla in Triton.
+
+    There torch's kernels, which take a block of threads for each short row, are the slower ones; step by step they launch faster.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise, in float32 under autocast."""
-        if not (self.on_triton(input) and torch.is_grad_enabled()):
+        if not (self.on_triton(input) and self.replayed and torch.is_grad_enabled()):
             return super().forward(input)
         from hgrn2_bench.ops import fla
 
@@ -67,7 +72,7 @@ class RMSNorm(FollowsBackend, nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise."""
-        if self.eps is None or not (self.on_triton(x) and torch.is_grad_enabled()):
+        if self.eps is None or not (self.on_triton(x) and self.replayed and torch.is_grad_enabled()):
             return super().forward(x)
         from hgrn2_bench.ops import fla
 

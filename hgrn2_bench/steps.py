@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hgrn2_bench.layers import FollowsBackend
+
 Batch = tuple[Tensor, ...]
 Shapes = tuple[torch.Size, ...]
 
@@ -45,6 +47,9 @@ class Steps:
     ) -> None:
         self.model, self.optimizer, self.batch_loss = model, optimizer, batch_loss
         self.autocast, self.clip, self.capturing = autocast, clip, graph
+        for module in model.modules():
+            if isinstance(module, FollowsBackend):
+                module.replayed = graph
         self.warm_steps = EAGER_STEPS + 1 if graph else 1
         self.mode = "eager"
         self.captured: dict[Shapes, _Captured] = {}

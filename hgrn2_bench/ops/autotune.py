@@ -1,19 +1,21 @@
 """How thoroughly fla's kernels are tuned. Triton times every configuration of a kernel at each new head dimension, and compiles them first.
 
-That takes minutes for a model whose whole MQAR run takes seconds. So a kernel keeps CONFIGURATIONS of its own, spread evenly over them;
-`HGRN2_BENCH_TUNING=full` in the environment keeps them all, for work whose speed is the result. Imports none of our modules.
+That takes minutes for a model whose whole MQAR run takes seconds. So of those that the kernel itself admits at a head dimension it tries
+CONFIGURATIONS, spread evenly over them; `HGRN2_BENCH_TUNING=full` in the environment has it try them all, for work whose speed is the
+result. Imports none of our modules.
 """
 
+import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 CONFIGURATIONS = 4
 
 
 def thoroughness() -> str:
-    """For the row: `full`, or how many configurations a kernel keeps."""
+    """For the row: `full`, or how many configurations a kernel tries."""
     return "full" if os.environ.get("HGRN2_BENCH_TUNING") == "full" else f"{CONFIGURATIONS} configurations a kernel"
 
 
@@ -31,10 +33,19 @@ def autotuners() -> Iterator[Any]:
 
 
 def cut() -> None:
-    """Leave each loaded kernel its CONFIGURATIONS, unless the environment asks for all."""
+    """Have each loaded kernel try CONFIGURATIONS only, unless the environment asks for all."""
     if thoroughness() == "full":
         return
     for tuner in autotuners():
-        n = len(tuner.configs)
-        if n > CONFIGURATIONS:
-            tuner.configs = [tuner.configs[i * (n - 1) // (CONFIGURATIONS - 1)] for i in range(CONFIGURATIONS)]
+        if "prune_configs" not in vars(tuner):
+            tuner.prune_configs = functools.partial(_fewer, tuner.prune_configs)
+
+
+def _fewer(admitted: Callable[[dict[str, Any]], list[Any]], arguments: dict[str, Any]) -> list[Any]:
+    """A few of the configurations that the kernel admits for these arguments, the first and the last among them.
+
+    Of those admitted, not of all: at small heads a kernel of GLA would be left with the one whose two warps take ten times as long.
+    """
+    configs = admitted(arguments)
+    n = len(configs)
+    return configs if n <= CONFIGURATIONS else [configs[i * (n - 1) // (CONFIGURATIONS - 1)] for i in range(CONFIGURATIONS)]

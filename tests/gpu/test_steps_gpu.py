@@ -116,7 +116,7 @@ def test_dropout_draws_anew_at_each_replay():
 def test_a_mixture_captures_each_of_its_shapes(monkeypatch):
     tiny = Mixture((Segment(8, 2, 160), Segment(16, 4, 167)), (Segment(16, 4, 64),))
     monkeypatch.setitem(protocol.MIXTURES, "tiny", tiny)
-    made = dataclasses.replace(cell(), data=MQARConfig(vocab_size=16, seq_len=16, num_pairs=4, mixture="tiny"))
+    made = dataclasses.replace(cell(), data=MQARConfig(vocab_size=16, mixture="tiny", **tiny.sizes))
     one, other = Training(made, graph=True), Training(made, graph=False)
     rates = [5e-3] * (2 * one.task.steps_per_epoch)
     torch.testing.assert_close(one.take(rates), other.take(rates), rtol=1e-3, atol=1e-3)

@@ -78,7 +78,7 @@ def published_map(x: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(x[..., :1]), x / d**0.25, products / math.sqrt(2 * d)], -1)
 
 
-@pytest.mark.parametrize(("d", "features"), [(1, 3), (2, 6), (8, 45), (16, 153), (24, 325)])
+@pytest.mark.parametrize(("d", "features"), [(1, 3), (2, 6), (5, 21), (8, 45), (16, 153), (24, 325)])
 def test_feature_map_gives_the_published_products_from_fewer_features(d: int, features: int) -> None:
     x, y = torch.randn(2, 50, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert taylor_exp(x).shape == (50, features)
@@ -89,6 +89,12 @@ def test_feature_map_gives_the_published_products_from_fewer_features(d: int, fe
     torch.testing.assert_close(found, published_map(x) @ published_map(y).T, rtol=1e-12, atol=1e-12)
     assert found.min() >= 0.5 - 1e-9
     assert build(feature_dim=d).effective()["head_k"] == features
+
+
+@pytest.mark.parametrize("d", [1, 2, 5, 6])
+def test_feature_map_has_the_gradient_of_its_formula(d: int) -> None:
+    x = torch.randn(2, 3, d, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(taylor_exp, x)
 
 
 def test_autocast_leaves_features_and_values_in_float32() -> None:

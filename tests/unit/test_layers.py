@@ -173,19 +173,24 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype]]:
     return found
 
 
-def test_norms_take_fla_s_kernel_while_training_on_fla_only(asked: list[tuple[str, torch.dtype]]) -> None:
+def test_norms_take_fla_s_kernel_in_a_captured_training_step_on_fla_only(asked: list[tuple[str, torch.dtype]]) -> None:
     x = torch.randn(2, 3, 8).bfloat16()
     for layer in (LayerNorm(8).bfloat16(), RMSNorm(8, eps=1e-5).bfloat16()):
         layer(x)
         layer.backend = "fla"
+        layer(x)
+        layer.replayed = True
         with torch.no_grad():
             layer(x)
+        layer.backend = "chunked"
+        layer(x)
+        layer.backend = "fla"
         assert asked == []
         layer(x)
         assert asked == [("layer_norm", torch.float32) if isinstance(layer, LayerNorm) else ("rms_norm", torch.bfloat16)]
         asked.clear()
     without = RMSNorm(8)  # torch chooses eps by the dtype
-    without.backend = "fla"
+    without.backend, without.replayed = "fla", True
     without(x.float())
     assert asked == []
 

@@ -157,6 +157,7 @@ def test_short_compares_ten_models_with_and_without_a_convolution():
     assert found("short", "train", "lr") == {3e-3, 1e-2, 3e-2}
     assert (found("short", "", "seed"), found("short", "train", "tune_on")) == ({0, 1, 2}, {"first_seed"})
     assert found("short", "train", "select") == {"validation"}
+    assert (found("short", "train", "stop_at"), found("short", "train", "eval_every")) == ({0.998}, {196})
     assert (found("short", "model_config", "init"), found("short", "train", "decay_all")) == ({"mixer"}, {False})
     assert (found("short", "data", "train_examples"), found("short", "data", "random_fill")) == ({100_000}, {False})
     assert (found("short", "data", "validation_examples"), found("short", "data", "test_examples")) == ({3_000}, {3_000})

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hgrn2_bench.config import TrainConfig
+from hgrn2_bench.layers import LayerNorm
 from hgrn2_bench.steps import EAGER_STEPS, Steps
 from hgrn2_bench.trainer import make_optimizer
 
@@ -47,6 +48,13 @@ def test_the_loss_is_that_before_the_step_as_a_tensor_without_a_graph():
     loss = steps(net())(batch(), 0.1)
     assert loss.shape == ()
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_layers_with_a_triton_kernel_hear_whether_steps_are_replayed(graph):
+    model = nn.Sequential(net(), LayerNorm(1))
+    steps(model, graph=graph)
+    assert model[1].replayed is graph
 
 
 def test_gradients_do_not_add_up_over_steps():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import lzma
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,10 +132,14 @@ def _refuse(constant: str) -> None:
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
-    """Rows of one JSON-lines file, and one remark for every line that is not a row. A missing or unreadable file is a remark too."""
+    """Rows of one JSON-lines file, which may be xz-compressed, and one remark for every line that is not a row.
+
+    A missing or unreadable file is a remark too.
+    """
     try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        with lzma.open(path, "rt") if path.suffix == ".xz" else path.open() as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError, EOFError, lzma.LZMAError) as error:
         return [], [f"{path}: {getattr(error, 'strerror', None) or error}"]
     rows, problems = [], []
     for number, line in enumerate(text.splitlines(), 1):
@@ -152,7 +157,7 @@ def find_rows(results: Path, suite: str) -> tuple[list[Row], list[str]]:
     Folders whose name has a dot are being written or were set aside as damaged: left out.
     """
     cells = (path for path in (results / "cells" / suite).glob("*/rows.jsonl") if "." not in path.parent.name)
-    paths = sorted(cells) + sorted((results / "rows").glob("**/*.jsonl"))
+    paths = sorted(cells) + _kept(results)
     found: dict[str, Row] = {}
     problems: list[str] = []
     for path in paths:
@@ -162,11 +167,16 @@ def find_rows(results: Path, suite: str) -> tuple[list[Row], list[str]]:
     return list(found.values()), problems
 
 
+def _kept(results: Path) -> list[Path]:
+    """The files of rows under `rows/` of a results folder."""
+    return sorted(path for ending in ("jsonl", "jsonl.xz") for path in (results / "rows").glob(f"**/*.{ending}"))
+
+
 def archived(results: Path, suite: str) -> tuple[dict[str, list[Row]], list[str]]:
     """The rows kept under `rows/` of a results folder, by cell: the newest where a cell is there twice; and what could not be read."""
     found: dict[str, list[Row]] = {}
     problems: list[str] = []
-    for path in sorted((results / "rows").glob("**/*.jsonl")):
+    for path in _kept(results):
         rows, faults = read_rows(path)
         problems += faults
         for row in rows:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import lzma
 import math
 
 import pytest
@@ -233,6 +234,19 @@ def test_find_rows_names_damage_and_goes_on(tmp_path):
 def test_find_rows_of_a_folder_without_any_is_empty(tmp_path):
     assert find_rows(tmp_path, "mqar") == ([], [])
     assert find_rows(tmp_path / "missing", "mqar") == ([], [])
+
+
+def test_find_rows_reads_compressed_files(tmp_path):
+    (tmp_path / "rows").mkdir()
+    packed = lzma.compress("".join(row(seed=seed).to_json() + "\n" for seed in range(3)).encode())
+    (tmp_path / "rows/many.jsonl.xz").write_bytes(packed)
+    rows, problems = find_rows(tmp_path, "mqar")
+    assert ([r.seed for r in rows], problems) == ([0, 1, 2], [])
+    for damaged in (packed[: len(packed) // 2], b"no archive"):
+        (tmp_path / "rows/many.jsonl.xz").write_bytes(damaged)
+        rows, problems = find_rows(tmp_path, "mqar")
+        assert (rows, len(problems)) == ([], 1)
+        assert "many.jsonl.xz" in problems[0]
 
 
 def test_frame_spreads_settings_and_effective_values():

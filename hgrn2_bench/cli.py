@@ -86,7 +86,7 @@ def run(
     options: RunOptions,
 ) -> None:
     """Run a suite: plan, train, evaluate, print the table. Finished cells are not run again."""
-    from hgrn2_bench.executor import LocalExecutor, default_workers
+    from hgrn2_bench.executor import LocalExecutor, alone, default_workers
     from hgrn2_bench.matching import announce, resolve
     from hgrn2_bench.plan import make_plan
     from hgrn2_bench.running import Run
@@ -94,7 +94,8 @@ def run(
     plan = make_plan(words, _device(options.device))
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
-    with _stoppable(), LocalExecutor(options.workers or default_workers(plan.cells[0].device)) as executor:
+    workers = alone(options.workers, plan.cells[0].device) if plan.protocol.speed else options.workers
+    with _stoppable(), LocalExecutor(workers or default_workers(plan.cells[0].device)) as executor:
         plan, matches = resolve(plan, executor.solve)
         announce(matches, sys.stdout if options.dry_run else sys.stderr)
         planned = Run(plan, executor, options.results, options.force, options.timeout or None)
@@ -219,6 +220,7 @@ def table(
 ) -> None:
     """Print the tables of every row found in a results folder."""
     from hgrn2_bench.render import FORMATS, render
+    from hgrn2_bench.speeds import DERIVED
 
     protocol = registry.protocol(suite)
     if form not in FORMATS:
@@ -230,7 +232,7 @@ def table(
     rows = [row for row in _rows(results, suite) if not preset or row.preset == preset]
     if not rows and not published:
         raise _no_rows(results, suite, preset)
-    if metric and metric not in (known := {row.metric for row in rows}):
+    if metric and metric not in (known := {row.metric for row in rows} | (set(DERIVED) if protocol.speed else set())):
         raise unknown("metric", metric, known)
     whole = _print_tables(rows, suite, form, metric or None)
     if published:

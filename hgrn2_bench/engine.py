@@ -67,6 +67,48 @@ class Runner(TrainableTask, Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What timing a cell gave."""
+
+    metrics: Sequence[Metric]
+    """All of split `test`, the primary one first."""
+    median_s: float | None
+    """Of one call."""
+    compile_s: float
+    tokens_per_s: float | None
+    details: Mapping[str, Any]
+
+
+class Stopwatch(Protocol):
+    """What the `Runner` of a suite that times (`Protocol.speed`) offers instead of data, loss and metrics."""
+
+    data_hash: str
+    truncated: int
+    skipped: int
+
+    def __init__(self, cell: Cell) -> None:
+        """Touches no global random state and knows no model."""
+
+    @staticmethod
+    def shape(cell: Cell) -> Shape:
+        """The size of what is timed: one batch is one epoch of one step."""
+        ...
+
+    @staticmethod
+    def build(cell: Cell) -> SequenceModel:
+        """The model on the CPU, its weights drawn from torch's global generator."""
+        ...
+
+    def measure(self, model: Any) -> Measured:
+        """Check, warm up and time the model, which is on the cell's device. SkippedError where there is nothing to time."""
+        ...
+
+
+class SkippedError(Exception):
+    """A cell that has nothing to run here, and why."""
+
+
 def runner_class(cell: Cell) -> type[Runner]:
     """The suite's runner."""
     found: type[Runner] = importlib.import_module(f"{registry.suites()[cell.suite]}.runner").Runner
@@ -132,6 +174,7 @@ class Facts:
     weights_hash: str = ""
     training_step: str = ""
     workers: int = 1
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def run_cell(
@@ -169,6 +212,8 @@ def outcome_of(error: Exception) -> tuple[str, str]:
         return "failed", text[:300]
     if isinstance(error, DivergedError):
         return "diverged", text
+    if isinstance(error, SkippedError):
+        return "skipped", text
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text.lower():
         return "oom", text[:200]
     return "failed", f"{type(error).__name__}: {text}"[:300]
@@ -186,6 +231,8 @@ def _train_and_measure(
     if cell.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     torch.manual_seed(cell.seed)
+    if registry.protocol(cell.suite).speed:
+        return _measure(cell, model, runner, facts)
     trainer = Trainer(model, runner, cell.train, folder, cell.device, cell.dtype)
     try:
         trainer.fit(report, stop)
@@ -196,6 +243,21 @@ def _train_and_measure(
     model.eval()
     facts.weights_hash = weights_hash(model)
     return list(runner.report(model))
+
+
+def _measure(cell: Cell, model: nn.Module, runner: Any, facts: Facts) -> list[Metric]:
+    """Time the model, and leave what a training run would have left."""
+    began = time.perf_counter()
+    try:
+        found: Measured = runner.measure(model)
+    finally:
+        if cell.device == "cuda":
+            facts.peak_bytes = int(torch.cuda.max_memory_allocated())
+    at = facts.progress
+    at.train_s, at.warm_s, facts.details = time.perf_counter() - began, found.compile_s, plain(found.details)
+    at.step_times = [] if found.median_s is None else [found.median_s]
+    at.token_rates = [] if found.tokens_per_s is None else [found.tokens_per_s]
+    return list(found.metrics)
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -214,7 +276,16 @@ def make_rows(cell: Cell, metrics: Sequence[Metric], status: str, reason: str, f
     shared["higher_is_better"] = protocol.higher_is_better
     if not metrics:
         return [Row(**shared, split="test", metric=protocol.metric, value=None, num_items=0, floors={})]
-    return [Row(**shared, split=m.split, metric=m.name, value=m.value, num_items=m.num_items, floors=dict(m.floors)) for m in metrics]
+    return [_row(shared, metric) for metric in metrics]
+
+
+def _row(shared: Mapping[str, Any], metric: Metric) -> Row:
+    """One metric's row; its own unit and direction win over the protocol's."""
+    own: dict[str, Any] = {"unit": metric.unit} if metric.unit else {}
+    if metric.higher_is_better is not None:
+        own["higher_is_better"] = metric.higher_is_better
+    values = {"split": metric.split, "metric": metric.name, "value": metric.value, "num_items": metric.num_items}
+    return Row(**{**shared, **own, **values, "floors": dict(metric.floors)})
 
 
 def device_is_broken(cell: Cell) -> bool:
@@ -260,7 +331,7 @@ def _shared_fields(cell: Cell, facts: Facts) -> dict[str, Any]:
         "step_s": step_s,
         "tokens_per_s": statistics.median(at.token_rates) if at.token_rates else None,
         "peak_bytes": facts.peak_bytes,
-        "device_name": provenance.device_name(cell.device) if cell.device == "cpu" or torch.cuda.is_available() else "none",
+        "device_name": provenance.device_name(cell.device),
         "threads": torch.get_num_threads(),
         "workers": facts.workers,
         "versions": provenance.versions(),
@@ -268,6 +339,7 @@ def _shared_fields(cell: Cell, facts: Facts) -> dict[str, Any]:
         "truncated": runner.truncated if runner else 0,
         "skipped": runner.skipped if runner else 0,
         "weights_hash": facts.weights_hash,
+        "details": dict(facts.details),
         "commit": commit,
         "dirty": dirty,
         "cell": cell.key,

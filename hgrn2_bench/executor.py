@@ -95,6 +95,14 @@ def default_workers(device: str) -> int:
         return cores
 
 
+def alone(asked: int, device: str) -> int:
+    """Workers of a run that times: one, or one for each GPU. ConfigError where more are asked for (0 asks for none in particular)."""
+    most = 1 if device == "cpu" else default_workers(device)
+    if asked > most:
+        raise ConfigError(f"--workers {asked}: cells that are timed run alone, {'one at a time' if most == 1 else f'{most} at once here'}")
+    return asked or most
+
+
 class LocalExecutor:
     """A pool of one-thread worker processes, spread over the GPUs there are; a crashed one is replaced and costs only its own cell."""
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hgrn2_bench import registry
+from hgrn2_bench import provenance, registry
 from hgrn2_bench.config import PLAN_KEYS, CellConfig, MatchConfig, ModelConfig, TrainConfig, Word, convert, parse_words, schema_of, written
 from hgrn2_bench.errors import ConfigError, unknown
 from hgrn2_bench.protocol import Preset, Protocol
@@ -50,6 +50,8 @@ class Cell:
     processes: int = 1
     matching: MatchConfig = field(default_factory=MatchConfig)
     """What was matched."""
+    machine: str = ""
+    """The name of the GPU or processor, where the cell's number is its speed."""
 
     @property
     def key(self) -> str:
@@ -61,6 +63,8 @@ class Cell:
         content = {k: v for k, v in self.to_json().items() if k not in ("model_ref", "command")}
         content |= {name: _departures(getattr(self, name)) for name in ("model_config", "train", "data", "matching")}
         content["matching"].pop("match_tolerance", None)
+        if not self.machine:
+            del content["machine"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -171,7 +175,14 @@ def make_plan(words: Sequence[str], device: str) -> Plan:
         for cell in maker.cells():
             cells.setdefault(cell.key, cell)
         notes |= dict.fromkeys(maker.notes)
-    return Plan(protocol, preset_name, tuple(cells.values()), tuple(notes), frozenset(word.name for word in parsed))
+    ordered = taking_turns(list(cells.values())) if protocol.speed else list(cells.values())
+    return Plan(protocol, preset_name, tuple(ordered), tuple(notes), frozenset(word.name for word in parsed))
+
+
+def taking_turns(cells: Sequence[Cell]) -> list[Cell]:
+    """Cells that time something, so ordered that drift favours nobody: repeat after repeat (the seeds), models in turn at each size."""
+    sizes = {size: place for place, size in enumerate(dict.fromkeys((cell.task, cell.data, cell.dtype) for cell in cells))}
+    return sorted(cells, key=lambda cell: (cell.seed, sizes[cell.task, cell.data, cell.dtype]))
 
 
 def plan_beside(ref: str, others: Sequence[str], usual: Sequence[str], words: Sequence[str], device: str) -> tuple[Cell, ...]:
@@ -317,6 +328,7 @@ class _CellMaker:
             device=self.device,
             settings=settings,
             command=self._command(values, axes, cell.seed),
+            machine=provenance.device_name(self.device) if self.protocol.speed else "",
             **built,
         )
 

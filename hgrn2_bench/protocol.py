@@ -75,7 +75,11 @@ class Protocol:
     solved: float | None = None
     """Where runs pile up near 0 and 1: the value from which a run counts as solved; the table then shows median and range."""
     speed: bool = False
-    """The metric is a speed or a size: rows of different devices never share a table."""
+    """The suite times work instead of training: rows of different devices never share a table, cells run alone, models take turns."""
+    across: str = ""
+    """Of a suite that times: the key whose values are the columns of its tables."""
+    beside: tuple[str, str] = ("", "")
+    """Of a suite that times: two models, of which the table says from where on the first is faster."""
     figures: tuple[Figure, ...] = ()
     """What `plot` draws."""
 
@@ -89,3 +93,7 @@ class Metric:
     value: float
     num_items: int
     floors: Mapping[str, float] = field(default_factory=dict)
+    unit: str = ""
+    """Where it is not the protocol's."""
+    higher_is_better: bool | None = None
+    """Where it is not the protocol's."""

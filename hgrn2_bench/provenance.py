@@ -1,8 +1,9 @@
-"""Where a number comes from: commit, versions, device. Imports none of our modules; torch only where a CUDA device is named."""
+"""Where a number comes from: commit, versions, device. Imports none of our modules, and not torch: planning asks for the device too."""
 
 import ctypes
 import functools
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -50,14 +51,42 @@ def cuda_devices() -> int:
     return count.value
 
 
+@functools.cache
 def device_name(device: str) -> str:
-    """The GPU's or the processor's name."""
+    """The first GPU's or the processor's name."""
     if device == "cuda":
-        import torch
-
-        return str(torch.cuda.get_device_name())
+        return _gpu_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _gpu_name() -> str:
+    """As the driver says it; `none` where it shows no GPU."""
+    if not cuda_devices():
+        return "none"
+    driver, handle, name = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0), ctypes.create_string_buffer(256)
+    if driver.cuDeviceGet(ctypes.byref(handle), 0) != 0 or driver.cuDeviceGetName(name, len(name), handle) != 0:
+        return "unknown GPU"
+    return name.value.decode()
+
+
+def gpu_state() -> dict[str, str]:
+    """What nvidia-smi says of the first GPU now: driver, clocks, power cap, temperature, and how many other processes compute on it.
+
+    Empty where there is no nvidia-smi. A process of this program's own counts too, so one is usual.
+    """
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu", "utilization.gpu")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    try:
+        answers = [_nvidia_smi(visible, words) for words in ("--query-gpu=" + ",".join(fields), "--query-compute-apps=pid")]
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields, answers[0].split(", "), strict=False)) | {"processes": str(len(answers[1].split()))}
+
+
+def _nvidia_smi(gpu: str, words: str) -> str:
+    asked = ["nvidia-smi", f"--id={gpu}", words, "--format=csv,noheader,nounits"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout.strip()

@@ -4,14 +4,14 @@ import dataclasses
 import json
 import lzma
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 OUTCOMES = ("ok", "failed", "skipped", "oom", "diverged", "timeout")
 
 
@@ -78,9 +78,11 @@ class Row:
     """UTC, when the cell ended."""
     mixer_version: str = ""
     """The model's own version, or the hash of a user's file: other code under the same name."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """Of a timed cell: how the number came about. Since schema 2."""
     schema_version: int = SCHEMA_VERSION
 
-    VOLATILE = ("wall_s", "compile_s", "step_s", "tokens_per_s", "peak_bytes", "device_name", "workers", "time")
+    VOLATILE = ("wall_s", "compile_s", "step_s", "tokens_per_s", "peak_bytes", "device_name", "workers", "time", "details")
     """Fields that differ between two runs of one cell: times, memory and host."""
 
     def to_json(self) -> str:
@@ -93,7 +95,7 @@ _REQUIRED = tuple(f.name for f in dataclasses.fields(Row) if f.default is datacl
 
 _NUMBER = (int, float, type(None))
 _KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("settings", "effective", "floors", "versions"), dict),
+    **dict.fromkeys(("settings", "effective", "floors", "versions", "details"), dict),
     **dict.fromkeys(
         ("suite", "preset", "task", "model", "split", "metric", "unit", "status", "reason", "cell", "time", "device_name"), str
     ),
@@ -119,7 +121,7 @@ def parse_row(line: str) -> Row:
     if missing:
         raise ValueError(f"not a result row: no field {', '.join(missing[:3])}")
     for name, kind in _KINDS.items():
-        if not isinstance(content[name], kind):
+        if name in content and not isinstance(content[name], kind):
             raise ValueError(f"not a result row: {name} is {content[name]!r}"[:120])
     if content["status"] not in OUTCOMES:
         raise ValueError(f"unknown status {content['status']!r}")

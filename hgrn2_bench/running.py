@@ -94,9 +94,9 @@ class Run:
         )
 
     def _run_cells(self, cells: Sequence[Cell], about: dict[str, Any]) -> dict[str, list[Row]]:
-        """Run the cells, the dearest first, and return their rows."""
+        """Run the cells, the dearest first unless they take turns, and return their rows."""
         costs = {key: (d.train_flops_per_token or 6 * d.parameters) * d.tokens / 1e12 if d else 1.0 for key, d in about.items()}
-        ordered = sorted(cells, key=lambda cell: -costs[cell.key])
+        ordered = cells if self.plan.protocol.speed else sorted(cells, key=lambda cell: -costs[cell.key])
         found: dict[str, list[Row]] = {}
         with Monitor(costs, names(cells)) as monitor:
             try:

@@ -16,6 +16,7 @@ from hgrn2_bench.lines import Line, Run, as_published, beats_floors, best_lines,
 from hgrn2_bench.protocol import Protocol
 from hgrn2_bench.render import Column, Score, Table, byte_count, count, short
 from hgrn2_bench.results import Row
+from hgrn2_bench.speeds import speed_tables
 
 PAIRS_NEEDED = 5
 """Paired seeds from which two models may be called not distinguishable."""
@@ -24,6 +25,8 @@ SHOWN_BY_COLUMN = ("conv", "positions", "seed")
 
 def make_tables(rows: Iterable[Row], protocol: Protocol, metric: str | None = None) -> list[Table]:
     """Every table that the rows of one suite give, presets and tasks in alphabetical order."""
+    if protocol.speed:
+        return speed_tables(rows, protocol, metric)
     metric = metric or protocol.metric
     return [_table(part.runs, protocol, metric, part.apart) for part in comparable(rows, protocol, metric)]
 

@@ -1,4 +1,4 @@
-"""One contract for every registered suite, run with its preset `test`: plan, data, training, rows, table."""
+"""One contract for every registered suite, run with its preset `test`: plan, data, training or timing, rows, table."""
 
 import dataclasses
 import json
@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from hgrn2_bench import engine, registry
+from hgrn2_bench import engine, provenance, registry
 from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.plan import make_plan, sections
 from hgrn2_bench.render import render
@@ -15,6 +15,8 @@ from hgrn2_bench.results import Row, parse_row
 from hgrn2_bench.tables import make_tables
 
 SUITES = sorted(registry.suites())
+TIMED = [name for name in SUITES if registry.protocol(name).speed]
+TRAINED = [name for name in SUITES if name not in TIMED]
 
 
 def plan_of(suite, *words):
@@ -53,7 +55,7 @@ def test_figures_name_what_rows_have(suite):
         assert set(figure.joined) <= keys | own
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", TRAINED)
 def test_preset_test_runs_every_model_and_its_rows_make_a_table(suite, tmp_path):
     began = time.perf_counter()
     deeper = [f"{name}.num_layers=2" for name, model in registry.models().items() if "parts" in model.facts]  # one layer for each part
@@ -80,7 +82,7 @@ def test_preset_test_runs_every_model_and_its_rows_make_a_table(suite, tmp_path)
         assert render(tables[0], form)
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", TRAINED)
 def test_same_cell_twice_gives_the_same_rows(suite, tmp_path):
     cell = plan_of(suite, "model=hgrn2").cells[0]
     first, second = run(cell, tmp_path / "a"), run(cell, tmp_path / "b")
@@ -89,7 +91,7 @@ def test_same_cell_twice_gives_the_same_rows(suite, tmp_path):
         assert kept[0] == kept[1]
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", TRAINED)
 def test_another_seed_gives_other_weights(suite, tmp_path):
     rows = [run(cell, tmp_path)[0] for cell in plan_of(suite, "model=hgrn2", "seed=1,2").cells]
     assert rows[0].weights_hash != rows[1].weights_hash
@@ -104,7 +106,7 @@ def test_runner_leaves_global_random_state_alone(suite):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", TRAINED)
 def test_batches_are_a_function_of_the_step_alone(suite):
     cell = plan_of(suite, "model=hgrn2").cells[0]
     model = engine.build(cell).eval()
@@ -116,7 +118,7 @@ def test_batches_are_a_function_of_the_step_alone(suite):
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", TRAINED)
 def test_description_agrees_with_the_rows(suite, tmp_path):
     cell = plan_of(suite, "model=hgrn2").cells[0]
     described = engine.describe(cell, engine.build(cell), probe=True)
@@ -128,9 +130,45 @@ def test_description_agrees_with_the_rows(suite, tmp_path):
     assert dict(described.effective) == dict(row.effective)
 
 
-@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("suite", TRAINED)
 def test_short_last_batch_is_scored_and_trained_on(suite, tmp_path):
     cell = plan_of(suite, "model=attention").cells[0]
     odd = dataclasses.replace(cell, train=dataclasses.replace(cell.train, batch_size=7, eval_batch_size=5))
     rows = run(odd, tmp_path)
     assert {row.num_items for row in rows} == {row.num_items for row in run(cell, tmp_path)}
+
+
+@pytest.mark.parametrize("suite", TIMED)
+def test_preset_test_times_every_model_and_its_rows_make_tables(suite, tmp_path):
+    began = time.perf_counter()
+    deeper = [f"{name}.num_layers=2" for name, model in registry.models().items() if "parts" in model.facts]
+    plan = plan_of(suite, f"model={','.join(registry.models())}", *deeper)
+    rows = [row for cell in plan.cells for row in run(cell, tmp_path)]
+    assert time.perf_counter() - began < 30
+    assert {row.status for row in rows} <= {"ok", "skipped"}, [row.reason for row in rows if row.status == "failed"]
+    assert {row.model for row in rows if row.status == "ok"} == set(registry.models())
+    for row in rows:
+        assert parse_row(row.to_json()) == row
+        assert row.reason or row.status == "ok"
+        assert row.value is None or row.value > 0
+        assert min(row.parameters, row.state_bytes) > 0
+        assert {"kernel", "positions", "local_mixing", "state_dtype"} <= set(row.effective)
+    for table in make_tables(rows, registry.protocol(suite)):
+        for form in ("md", "csv", "latex", "html"):
+            assert render(table, form)
+
+
+@pytest.mark.parametrize("suite", TIMED)
+def test_models_take_turns_and_repeats_come_one_after_the_other(suite):
+    cells = plan_of(suite, "model=hgrn2,gla", "seed=0,1").cells
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+    for one, other in zip(cells[::2], cells[1::2], strict=True):
+        assert (one.model, other.model) == ("hgrn2", "gla")
+        assert (one.task, one.data) == (other.task, other.data)
+
+
+@pytest.mark.parametrize("suite", TIMED)
+def test_another_device_is_another_cell(suite, monkeypatch):
+    key = plan_of(suite, "model=hgrn2").cells[0].key
+    monkeypatch.setattr(provenance, "device_name", lambda device: "another processor")
+    assert plan_of(suite, "model=hgrn2").cells[0].key != key

@@ -1,0 +1,50 @@
+"""A backend against `reference` on the same inputs: what must hold before its speed means anything."""
+
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from hgrn2_bench.ops import families
+from hgrn2_bench.ops.families import OpInputs
+
+TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+"""Largest relative error by dtype; products of float32 may run in TF32 on a GPU."""
+
+
+def tensors(inputs: OpInputs) -> dict[str, Tensor]:
+    """The tensors of one recurrence's inputs, by name."""
+    return {f.name: x for f in fields(inputs) if isinstance(x := getattr(inputs, f.name), Tensor)}  # type: ignore[arg-type]
+
+
+def relative_error(inputs: OpInputs, backend: str, gradients: bool) -> tuple[float, str]:
+    """The largest ||backend - reference|| / ||reference|| over the output and, if asked for, every gradient, and which it is.
+
+    The reference runs in float64. Below 1e-20 an error counts against that. NaN counts as infinite.
+    """
+    want, got = _results(_wide(inputs), "reference", gradients), _results(inputs, backend, gradients)
+    errors = {name: ((_widened(got[name]) - x).norm() / x.norm().clamp_min(1e-20)).item() for name, x in want.items()}
+    errors = {name: float("inf") if error != error else error for name, error in errors.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    return errors[worst], worst
+
+
+def _results(inputs: OpInputs, backend: str, gradients: bool) -> dict[str, Tensor]:
+    leaves = {name: x.detach().requires_grad_(gradients) for name, x in tensors(inputs).items()}
+    with torch.set_grad_enabled(gradients):
+        o, _ = families.run(replace(inputs, **leaves), backend)  # type: ignore[type-var]
+    found = {"o": o.detach()}
+    if gradients:
+        weights = torch.randn(o.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(o.device)
+        asked = {"allow_unused": True, "materialize_grads": True}
+        grads = torch.autograd.grad((_widened(o) * weights).sum().real, list(leaves.values()), **asked)
+        found |= {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return found
+
+
+def _wide(inputs: OpInputs) -> OpInputs:
+    return replace(inputs, **{name: _widened(x) for name, x in tensors(inputs).items()})  # type: ignore[type-var]
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.complex128 if x.is_complex() else torch.float64)

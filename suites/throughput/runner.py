@@ -1,0 +1,284 @@
+"""Times one throughput cell: its correctness first, then its work, then what the numbers mean.
+
+Shape letters: B sequences, T time, D width, V vocabulary.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hgrn2_bench import measure, numerics, provenance, registry, timing
+from hgrn2_bench.decoding import Decoder
+from hgrn2_bench.engine import Measured, Shape, SkippedError, itemsize
+from hgrn2_bench.interfaces import Context, Mixer
+from hgrn2_bench.model import SequenceModel
+from hgrn2_bench.ops import families
+from hgrn2_bench.plan import Cell
+from hgrn2_bench.protocol import Metric
+from hgrn2_bench.steps import Batch, Steps
+from hgrn2_bench.timing import Call, Timing
+from hgrn2_bench.trainer import make_optimizer
+from suites.throughput.protocol import ThroughputConfig
+
+GATE_TOKENS = 200
+"""Tokens of the sequence on which the kernel is compared with `reference` before it is timed."""
+BACKWARD = 3.0
+"""Work of forward and backward in units of the forward pass: each product has two gradients."""
+OPTIMIZER_PASSES = 9
+"""AdamW reads weight, gradient and two moments and writes three of them; the pass before it wrote gradients and read weights."""
+LEARNING_RATE = 1e-6
+SPAN = 256
+"""Tokens that are decoded again and again."""
+
+
+def detached(inputs: families.OpInputs) -> families.OpInputs:
+    """The inputs of one recurrence without their history, each a tensor of its own unless it is broadcast."""
+    own = {name: x.detach() if 0 in x.stride() else x.detach().contiguous() for name, x in numerics.tensors(inputs).items()}
+    return replace(inputs, **own)  # type: ignore[type-var]
+
+
+class Runner:
+    """One cell of throughput; see `hgrn2_bench.engine.Stopwatch`."""
+
+    truncated = 0
+    skipped = 0
+    data_hash = ""  # inputs are standard normal numbers and random tokens of the cell's seed
+
+    def __init__(self, cell: Cell) -> None:
+        self.cell, self.device = cell, cell.device
+        self.config: ThroughputConfig = cell.data
+        self.dtype = torch.bfloat16 if cell.dtype == "bfloat16" else torch.float32
+        self.generator = torch.Generator(cell.device).manual_seed(cell.seed)
+        self.mode: Callable[[], str] = lambda: "eager"
+
+    @staticmethod
+    def shape(cell: Cell) -> Shape:
+        """One batch."""
+        config: ThroughputConfig = cell.data
+        tokens = config.sequences * config.seq_len
+        has_labels = config.kind in ("train", "prefill", "decode")
+        return Shape(config.seq_len, labels_per_token=float(has_labels), steps_per_epoch=1, tokens_per_epoch=tokens, step_tokens=tokens)
+
+    @staticmethod
+    def build(cell: Cell) -> SequenceModel:
+        """The model of a cell, on the CPU; of the recurrence and the layer only the first mixer is used."""
+        config: ThroughputConfig = cell.data
+        return SequenceModel(
+            cell.model_config, registry.load(cell.model_ref), cell.settings, cell.backend, config.vocab_size, config.seq_len + 1
+        )
+
+    def measure(self, model: SequenceModel) -> Measured:
+        """Check and time; `timing.MeasuringFaultError` for what the device cannot have done."""
+        gpu = provenance.gpu_state() if self.device == "cuda" else {}
+        error, worst = self._gate(model)
+        kind = self.config.kind
+        if kind in ("decode", "memory"):
+            return self._decoding(model, {"relative_error": error, "gpu": gpu})
+        tokens = self.config.sequences * self.config.seq_len
+        work: dict[str, Callable[[SequenceModel], tuple[Sequence[Call], float | None, int]]]
+        work = {"op": self._op, "layer": self._layer, "train": self._train, "prefill": self._prefill}
+        calls, flops, nbytes = work[kind](model)
+        timed = timing.time_calls(calls, self.device, self.config.sample_s, self.config.warm_up_s)
+        rate = tokens / timed.median
+        details = {"relative_error": error, "worst": worst, "gpu": gpu, "inputs": len(calls), "mode": self.mode()}
+        details |= self._account(timed, flops, nbytes)
+        metrics = [
+            Metric("test", "tokens_per_s", rate, timed.calls),
+            Metric("test", "latency", timed.median, timed.calls, unit="s", higher_is_better=False),
+            *self._peak(),
+        ]
+        return Measured(metrics, timed.median, timed.compile_s, rate, details)
+
+    def _gate(self, model: SequenceModel) -> tuple[float | None, str]:
+        """The relative error of the recurrence as this model feeds it; ValueError where it is too large to be the same function."""
+        mixer = model.mixers[0]
+        if not mixer.family:
+            return None, ""
+        T = min(self.config.seq_len, GATE_TOKENS)
+        with self._autocast():
+            inputs = detached(mixer.project(self._random(1, T, model.config.d_model), Context(shared=model.shared())))
+        trains = self.config.kind == "train" or (self.config.kind in ("op", "layer") and self.config.passes == "training")
+        error, worst = numerics.relative_error(inputs, self.cell.backend, trains)
+        limit = numerics.TOLERANCES[self.dtype]
+        if not error <= limit:
+            raise ValueError(f"not timed: {worst} of the recurrence is off by {error:.2g} (at most {limit:g}) from reference")
+        return error, worst
+
+    def _op(self, model: SequenceModel) -> tuple[Sequence[Call], float | None, int]:
+        mixer = model.mixers[0]
+        if not mixer.family:
+            raise SkippedError(f"{self.cell.model} has no recurrence: time its layer")
+        shape = (self.config.sequences, self.config.seq_len, model.config.d_model)
+        with self._autocast(), torch.no_grad():
+            first = detached(mixer.project(self._random(*shape), Context(shared=model.shared())))
+            nbytes = timing.tensor_bytes(*numerics.tensors(first).values())
+            more = range(timing.copies_beyond_cache(nbytes, self.device) - 1)
+            sets = [first, *(detached(mixer.project(self._random(*shape), Context(shared=model.shared()))) for _ in more)]
+            o_bytes = families.run(first, self.cell.backend)[0].nbytes
+        flops = mixer.op_flops(self.config.seq_len)
+        tokens = self.config.sequences * self.config.seq_len
+        if self.config.passes == "forward":
+            return [self._op_forward(inputs) for inputs in sets], flops and flops * tokens, nbytes + o_bytes
+        # forward, then: inputs and the output's gradient read, the inputs' gradients written
+        return [self._op_training(inputs) for inputs in sets], flops and BACKWARD * flops * tokens, 3 * nbytes + 2 * o_bytes
+
+    def _op_forward(self, inputs: families.OpInputs) -> Call:
+        def call() -> object:
+            with torch.no_grad():
+                return families.run(inputs, self.cell.backend)
+
+        return call
+
+    def _op_training(self, inputs: families.OpInputs) -> Call:
+        given = {name: x.requires_grad_() for name, x in numerics.tensors(inputs).items()}
+        inputs = replace(inputs, **given)  # type: ignore[type-var]
+        o, _ = families.run(inputs, self.cell.backend)
+        do = torch.randn_like(o)
+
+        def call() -> object:
+            o, _ = families.run(inputs, self.cell.backend)
+            return torch.autograd.grad(o, list(given.values()), do, allow_unused=True)
+
+        return call
+
+    def _layer(self, model: SequenceModel) -> tuple[Sequence[Call], float | None, int]:
+        mixer = model.mixers[0]
+        flops = self._layer_flops(mixer)
+        if self.config.compile:
+            mixer.compile()
+        shape = (self.config.sequences, self.config.seq_len, model.config.d_model)
+        shared = {name: x.detach() for name, x in model.shared().items()}
+        training = self.config.passes == "training"
+        nbytes = 2 * math.prod(shape) * itemsize(self.cell)
+        xs = [self._random(*shape).requires_grad_(training) for _ in range(timing.copies_beyond_cache(nbytes, self.device))]
+        do, weights = self._random(*shape), list(mixer.parameters())
+
+        def forward(x_BTD: Tensor) -> Tensor:
+            with self._autocast(), torch.set_grad_enabled(training):
+                y_BTD: Tensor = mixer(x_BTD, Context(shared=shared))
+            return y_BTD
+
+        def both(x_BTD: Tensor) -> object:
+            y_BTD = forward(x_BTD)
+            return torch.autograd.grad(y_BTD, [x_BTD, *weights], do.to(y_BTD.dtype), allow_unused=True)
+
+        each = BACKWARD if training else 1.0
+        calls = [functools.partial(both if training else forward, x) for x in xs]
+        moved = nbytes + sum(p.nbytes for p in weights)
+        return calls, flops and each * flops * shape[0] * shape[1], round(each * moved)
+
+    def _layer_flops(self, mixer: Mixer) -> float | None:
+        """Forward operations per token: 2 for each weight of a matrix, and the recurrence."""
+        matrices = sum(m.weight.numel() for m in mixer.modules() if isinstance(m, nn.Linear | nn.Conv1d))
+        own = mixer.op_flops(self.config.seq_len)
+        return None if own is None else 2.0 * matrices + own
+
+    def _train(self, model: SequenceModel) -> tuple[Sequence[Call], float | None, int]:
+        B, T = self.config.sequences, self.config.seq_len
+        if self.config.compile:
+            model.compile()
+        optimizer = make_optimizer(model.train(), self.cell.train, self.device)
+        graph = self.config.graph and self.device == "cuda"
+        steps = Steps(model, optimizer, lambda model, batch: model.loss(*batch), self._autocast(), self.cell.train.clip, graph)
+        tokens = self._tokens(B, T + 1)
+        where = torch.arange(B * T, device=self.device)
+        batch: Batch = (tokens[:, :-1].contiguous(), where, tokens[:, 1:].flatten())
+        for _ in range(steps.warm_steps - 1):
+            steps(batch, LEARNING_RATE)
+        self.mode = lambda: steps.mode
+        flops = measure.train_flops_per_token(model, T)
+        moved = sum(p.nbytes for p in model.parameters()) * OPTIMIZER_PASSES
+        return [lambda: steps(batch, LEARNING_RATE)], flops and flops * B * T, moved
+
+    def _prefill(self, model: SequenceModel) -> tuple[Sequence[Call], float | None, int]:
+        B, T = self.config.sequences, self.config.seq_len
+        if self.config.compile:
+            model.compile()
+        model = model.to(self.dtype).eval()
+        tokens_BT, last = self._tokens(B, T), torch.arange(1, B + 1, device=self.device) * T - 1
+        flops = measure.train_flops_per_token(model, T, labels_per_token=1 / T)
+
+        def call() -> object:
+            with torch.no_grad():
+                return model.logits(tokens_BT, last)
+
+        return [call], flops and flops / 3 * B * T, sum(p.nbytes for p in model.parameters())
+
+    def _decoding(self, model: SequenceModel, details: dict[str, Any]) -> Measured:
+        """The tokens up to number `seq_len`, in weights and activations of the cell's dtype, and what is held for them.
+
+        The last SPAN tokens, or half of them, are decoded again and again: so a cache is full, and no longer than the context asked for.
+        """
+        config, B = self.config, self.config.batch
+        decoder = Decoder(model.to(self.dtype).eval(), B, config.seq_len, config.graph and self.device == "cuda")
+        start = max(1, config.seq_len - min(SPAN, config.seq_len // 2))
+        decoder.prefill(self._tokens(B, start))
+        tokens_B = self._tokens(B, 1)[:, 0]
+
+        def call() -> object:
+            if decoder.length == config.seq_len:
+                decoder.length = start
+                decoder.position.fill_(start)
+            return decoder.step(tokens_B)
+
+        held = Metric("test", "state", float(decoder.state_bytes), B, unit="bytes", higher_is_better=False)
+        details |= {"kernel": decoder.kernel.replace(f" {decoder.bucket} ", " all "), "bucket": decoder.bucket}
+        if config.kind == "memory":
+            call()
+            return Measured([held, *self._peak()], None, 0.0, None, details)
+        for _ in range(decoder.warm_steps - 1):
+            call()
+        timed = timing.time_calls([call], self.device, config.sample_s, config.warm_up_s)
+        weights = sum(p.nbytes for p in model.blocks.parameters()) + model.head.weight.nbytes
+        flops = measure.train_flops_per_token(model, 2 * config.seq_len - 1)  # attention counts the mean context: here all of it
+        details |= {"mode": decoder.mode} | self._account(timed, flops and flops / 3 * B, weights + decoder.state_bytes)
+        rate = B / timed.median
+        metrics = [
+            Metric("test", "tokens_per_s", rate, timed.calls),
+            Metric("test", "latency", timed.median, timed.calls, unit="s", higher_is_better=False),
+            held,
+            *self._peak(),
+        ]
+        return Measured(metrics, timed.median, timed.compile_s, rate, details)
+
+    def _account(self, timed: Timing, flops: float | None, nbytes: int) -> dict[str, Any]:
+        """How the number came about and how near it is to what the device can do."""
+        top = timing.ceilings(self.device, self.dtype)
+        if self.device == "cuda":
+            timing.check_plausible(flops or 0.0, nbytes, timed.median, provenance.device_name("cuda"))
+        share = top.share(flops or 0.0, nbytes, timed.median)
+        return {
+            "seconds": [timed.low, timed.median, timed.high],
+            "first_s": timed.first,
+            "calls": timed.calls,
+            "warm_up_calls": timed.warm_up,
+            "steady": timed.steady,
+            "flops": flops,
+            "bytes": nbytes,
+            "flops_per_s": flops and flops / timed.median,
+            "bytes_per_s": nbytes / timed.median,
+            "copy_ceiling": top.copy,
+            "matmul_ceiling": top.matmul,
+            "roofline": share,
+            "above_ceiling": share > 1.0,
+        }
+
+    def _peak(self) -> list[Metric]:
+        """Peak bytes of torch's allocator; nothing on a CPU."""
+        if self.device != "cuda":
+            return []
+        return [Metric("test", "peak", float(torch.cuda.max_memory_allocated()), 1, unit="bytes", higher_is_better=False)]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, device=self.device)
+
+    def _tokens(self, B: int, T: int) -> Tensor:
+        return torch.randint(self.config.vocab_size, (B, T), generator=self.generator, device=self.device)

@@ -41,6 +41,16 @@ def cut() -> None:
             tuner.prune_configs = functools.partial(_fewer, tuner.prune_configs)
 
 
+def take_first() -> None:
+    """Have each loaded kernel run the first configuration that it admits, and time none: for a look at results, not at speed."""
+    for tuner in autotuners():
+        tuner.prune_configs = functools.partial(_first, tuner.prune_configs)
+
+
+def _first(admitted: Callable[[dict[str, Any]], list[Any]], arguments: dict[str, Any]) -> list[Any]:
+    return admitted(arguments)[:1]
+
+
 def _fewer(admitted: Callable[[dict[str, Any]], list[Any]], arguments: dict[str, Any]) -> list[Any]:
     """A few of the configurations that the kernel admits for these arguments, the first and the last among them.
 

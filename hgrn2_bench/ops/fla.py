@@ -134,6 +134,12 @@ def kernel_name(inputs: OpInputs) -> str:
     return f"{name} ({', '.join(notes)})" if notes else name
 
 
+def load(inputs: OpInputs) -> None:
+    """Import the kernel of these inputs, so that its tuners can be set before it first runs; torch's own attention needs nothing."""
+    if inputs.family in _KERNELS:
+        _kernel(_entry(inputs))
+
+
 def _entry(inputs: OpInputs) -> str:
     """The entry of `_KERNELS` that runs these inputs."""
     if isinstance(inputs, DeltaInputs) and inputs.log_f_BTH is None and inputs.v_BTHV.dtype != torch.float32:

@@ -55,6 +55,15 @@ def test_cutting_again_changes_nothing(cut):
     assert tried(kernel) == [0, 11, 23, 35]
 
 
+@pytest.mark.parametrize("tuning", ["", "full"])
+def test_the_first_admitted_is_taken_for_a_look_at_results(cut, monkeypatch, tuning):
+    monkeypatch.setenv("HGRN2_BENCH_TUNING", tuning)
+    kernels = tuner(36), tuner(36, prune=lambda configs, nargs, **kwargs: configs[9:])
+    cut(*kernels)
+    autotune.take_first()
+    assert [tried(kernel) for kernel in kernels] == [[0], [9]]
+
+
 def test_full_tuning_tries_all(cut, monkeypatch):
     monkeypatch.setenv("HGRN2_BENCH_TUNING", "full")
     kernel = tuner(36)

@@ -46,7 +46,8 @@ Results = Annotated[Path, typer.Option(help="Results folder.")]
 def main() -> None:
     """Run the program; bad input prints one line and exits with 2."""
     try:
-        registry.check_packages()
+        if sys.argv[1:2] != ["doctor"]:  # which tells of it among other things
+            registry.check_packages()
         app()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -366,3 +367,13 @@ def status(results: Results = DEFAULT_RESULTS) -> None:
     print(tabulate(lines, ["suite", "preset", "task", "model", "cells"], tablefmt="github") if lines else f"no cells in {results}")
     for line in running:
         print(line)
+
+
+@app.command()
+def doctor(results: Results = DEFAULT_RESULTS) -> None:
+    """Say what here would make runs fail or numbers wrong, and the remedy: versions, GPU, every kernel against its reference, folders."""
+    from hgrn2_bench.doctor import examine
+
+    with _stoppable():
+        well = examine(results)
+    sys.exit(0 if well else 1)

@@ -63,6 +63,8 @@ LIGHT = (
     "cells",
     "executor",
     "running",
+    "doctor",
+    "machine",
 )
 
 

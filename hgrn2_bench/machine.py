@@ -18,9 +18,9 @@ from typing import Any
 
 from hgrn2_bench import registry
 from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.provenance import nvidia_smi
 
 MIB = 1 << 20
-SMI_WITHIN_S = 20.0
 TEST_WITHIN_S = 400.0
 MOST_TESTS_AT_ONCE = 8
 """Each takes a core, 2 GB of memory and half a GB of the GPU's."""
@@ -210,17 +210,6 @@ def _gpu(cuda: ctypes.CDLL, index: int) -> Gpu:
     cuda.cuDeviceGetAttribute(ctypes.byref(major), CAPABILITY_MAJOR, device)
     cuda.cuDeviceGetAttribute(ctypes.byref(minor), CAPABILITY_MINOR, device)
     return Gpu(name.value.decode(), memory.value, (major.value, minor.value), f"GPU-{uuid.UUID(bytes=bytes(identity))}")
-
-
-def nvidia_smi(query: str) -> list[list[str]]:
-    """The lines of one query, split; none where nvidia-smi is missing, refuses or hangs."""
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_WITHIN_S, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    lines = [[word.strip() for word in line.split(",")] for line in done.stdout.splitlines()]
-    return [words for words in lines if len(words) == query.count(",") + 1]
 
 
 def with_use(gpu: Gpu, listed: Sequence[Sequence[str]], processes: Sequence[Sequence[str]]) -> Gpu:

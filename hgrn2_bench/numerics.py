@@ -36,8 +36,8 @@ def _results(inputs: OpInputs, backend: str, gradients: bool) -> dict[str, Tenso
     found = {"o": o.detach()}
     if gradients:
         weights = torch.randn(o.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(o.device)
-        asked = {"allow_unused": True, "materialize_grads": True}
-        grads = torch.autograd.grad((_widened(o) * weights).sum().real, list(leaves.values()), **asked)
+        loss = (_widened(o) * weights).sum().real
+        grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
         found |= {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
     return found
 

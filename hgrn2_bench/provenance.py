@@ -3,11 +3,11 @@
 import ctypes
 import functools
 import importlib.metadata
-import os
 import platform
 import subprocess
 from pathlib import Path
 
+SMI_WITHIN_S = 20.0
 PACKAGES = ("hgrn2_bench", "torch", "triton", "flash-linear-attention", "numpy")
 
 
@@ -73,20 +73,25 @@ def _gpu_name() -> str:
     return name.value.decode()
 
 
-def gpu_state() -> dict[str, str]:
-    """What nvidia-smi says of the first GPU now: driver, clocks, power cap, temperature, and how many other processes compute on it.
+def gpu_state(uuid: str) -> dict[str, str]:
+    """What nvidia-smi says of one GPU now: driver, clocks (MHz), power cap (W), temperature, and how many processes compute on it.
 
-    Empty where there is no nvidia-smi. A process of this program's own counts too, so one is usual.
+    This program's own counts too. Empty where nvidia-smi is missing or does not know the GPU.
     """
     fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu", "utilization.gpu")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
-    try:
-        answers = [_nvidia_smi(visible, words) for words in ("--query-gpu=" + ",".join(fields), "--query-compute-apps=pid")]
-    except (OSError, subprocess.SubprocessError):
+    found = next((line[1:] for line in nvidia_smi("--query-gpu=uuid," + ",".join(fields)) if line[0].endswith(uuid)), None)
+    if found is None:
         return {}
-    return dict(zip(fields, answers[0].split(", "), strict=False)) | {"processes": str(len(answers[1].split()))}
+    processes = sum(line[0].endswith(uuid) for line in nvidia_smi("--query-compute-apps=gpu_uuid,pid"))
+    return dict(zip(fields, found, strict=True)) | {"processes": str(processes)}
 
 
-def _nvidia_smi(gpu: str, words: str) -> str:
-    asked = ["nvidia-smi", f"--id={gpu}", words, "--format=csv,noheader,nounits"]
-    return subprocess.run(asked, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+def nvidia_smi(query: str) -> list[list[str]]:
+    """The lines of one query, split; none where nvidia-smi is missing, refuses or hangs."""
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SMI_WITHIN_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    lines = [[word.strip() for word in line.split(",")] for line in done.stdout.splitlines()]
+    return [words for words in lines if len(words) == query.count(",") + 1]

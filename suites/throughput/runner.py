@@ -74,7 +74,7 @@ class Runner:
 
     def measure(self, model: SequenceModel) -> Measured:
         """Check and time; `timing.MeasuringFaultError` for what the device cannot have done."""
-        gpu = provenance.gpu_state() if self.device == "cuda" else {}
+        gpu = provenance.gpu_state(str(torch.cuda.get_device_properties().uuid)) if self.device == "cuda" else {}
         error, worst = self._gate(model)
         kind = self.config.kind
         if kind in ("decode", "memory"):

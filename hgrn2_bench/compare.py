@@ -18,6 +18,7 @@ from hgrn2_bench.lines import Line, Run, best_lines, chosen_on, comparable, lear
 from hgrn2_bench.protocol import Protocol
 from hgrn2_bench.render import Column, Table, count, short
 from hgrn2_bench.results import Row
+from hgrn2_bench.speeds import named
 from hgrn2_bench.tables import PAIRS_NEEDED, all_solved, half_interval
 
 FITTED = ("conv", "positions", "forget_bias", "lower_bound", "num_layers", "first_layer", "backend", "device", "processes")
@@ -232,6 +233,8 @@ def _difference(c: Comparison) -> str:
 
 def _sentence(found: Sequence[Comparison], places: Sequence[str], protocol: Protocol, names: Names) -> str:
     """Who is better where, by how much, from how many pairs."""
+    if protocol.speed:
+        return _ratio(found, places, protocol, names)
     where: dict[str, list[str]] = defaultdict(list)
     for c, place in zip(found, places, strict=True):
         where[c.finding(protocol)].append(place)
@@ -244,6 +247,26 @@ def _sentence(found: Sequence[Comparison], places: Sequence[str], protocol: Prot
     others = (WORSE, SAME, SOLVED, UNLEARNED, FEW, UNPAIRED)
     words += [f"{finding} on {len(where[finding])}{named[finding]}" for finding in others if where[finding]]
     return "; ".join([*words, _overall(found)]) + "."
+
+
+def _ratio(found: Sequence[Comparison], places: Sequence[str], protocol: Protocol, names: Names) -> str:
+    """How many times the other's speed each setting reaches; nothing is claimed of a model on another kernel than its own."""
+    stand_in = next((row for c in found for row in (c.ours.first, c.theirs.first) if named(row) != row.model), None)
+    if stand_in:
+        return f"No claim: {named(stand_in)} does not run the kernel it was published with."
+    ratios = {
+        place: statistics.median(a.value / b.value for a, b in c.pairs if a.value and b.value)
+        for c, place in zip(found, places, strict=True)
+        if any(a.value and b.value for a, b in c.pairs)
+    }
+    if not ratios:
+        return "No pair that both finished."
+    low, high = min(ratios, key=lambda place: ratios[place]), max(ratios, key=lambda place: ratios[place])
+    ahead = sum(ratio > 1 for ratio in ratios.values())
+    return (
+        f"{names.ours} has more {protocol.metric} than {names.theirs} on {ahead} of {len(ratios)} settings: from {ratios[low]:.2f} times "
+        f"({low}) to {ratios[high]:.2f} times ({high})."
+    )
 
 
 def _overall(found: Sequence[Comparison]) -> str:
@@ -282,7 +305,7 @@ def _notes(found: Sequence[Comparison], alone: Sequence[Line], protocol: Protoco
     left = {name: sum(line.first.model == name for line in alone) for name in sides}
     if alone:
         notes.append("left out, no partner under the same settings: " + ", ".join(f"{n} of {name}" for name, n in left.items() if n))
-    return [*notes, _speed(found, names)]
+    return [*notes, *([] if protocol.speed else [_speed(found, names)])]
 
 
 def _unequal(found: Sequence[Comparison], names: Names) -> list[str]:

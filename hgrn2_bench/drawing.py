@@ -164,7 +164,7 @@ def _panels(plot: Plot, axes: Any, styles: Mapping[str, Style]) -> None:
 
 
 def _scales(ax: "Axes", plot: Plot) -> None:
-    """Scales and ticks, the same in all panels; a fraction is always shown from 0 to 1."""
+    """Scales and ticks, the same in all panels; a fraction is always shown from 0 to 1, anything else from its least to its largest."""
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     base = plot.figure.log_x
@@ -182,10 +182,17 @@ def _scales(ax: "Axes", plot: Plot) -> None:
         wide = math.log(high / low, base) > 1.7
         ax.xaxis.set_major_locator(LogLocator(base, subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
         ax.xaxis.set_major_formatter(lambda x, _: count(x) if x >= 1 else f"{x:g}".replace("e-0", "e-"))
+    if plot.unit == "fraction" and not plot.figure.log_y:
+        ax.set_ylim(-0.04, 1.04)
+        return
+    known = [y for point in plot.points for y in (*point.line.finished, point.published) if y is not None]
+    low, high = min(known, default=1.0), max(known, default=1.0)
     if plot.figure.log_y:
         ax.set_yscale("log")
-    elif plot.unit == "fraction":
-        ax.set_ylim(-0.04, 1.04)
+        ax.set_ylim(low / 1.5, high * 1.5)
+    else:
+        gap = MARGIN * (high - low or abs(high) or 1.0)
+        ax.set_ylim(low - gap, high + gap)
 
 
 def _floors(ax: "Axes", panel: Panel) -> None:

@@ -96,9 +96,9 @@ def _table(rows: Sequence[Row], protocol: Protocol, asked: str | None) -> Table 
     """One table; None where no cell has the metric asked for."""
     held = dict.fromkeys(row.metric for row in rows if row.status == "ok")
     metric = asked or next(iter(held), protocol.metric)
-    if asked and asked not in held and asked not in DERIVED:
-        return None
     lines = _lines(rows, protocol.across, metric)
+    if asked and not any(entry.values for line in lines.values() for entry in line.values()):
+        return None
     sizes = sorted({size for line in lines.values() for size in line})
     first = next((e.rows[0] for line in lines.values() for e in line.values() if e.values), rows[0])
     unit, what = DERIVED.get(metric, (first.unit, metric))
@@ -136,7 +136,16 @@ def _lines(rows: Sequence[Row], across: str, metric: str) -> dict[str, dict[Any,
         of_metric = row.metric == metric or row.status != "ok" or metric in DERIVED
         if of_metric:
             cells[json.dumps([row.model, kept], sort_keys=True)][row.settings[across]].setdefault(row.cell, row)
-    return {line: {size: _entry(list(same.values()), metric) for size, same in sizes.items()} for line, sizes in cells.items()}
+    lines = {line: {size: _entry(list(same.values()), metric) for size, same in sizes.items()} for line, sizes in cells.items()}
+    return dict(sorted(lines.items(), key=_best_first))
+
+
+def _best_first(line: tuple[str, Mapping[Any, Entry]]) -> tuple[Any, ...]:
+    """By the value at the largest size, those without one last, then by name."""
+    name, entries = line
+    last = entries[max(entries)]
+    sign = -1 if last.rows[0].higher_is_better else 1
+    return last.median is None, sign * (last.median or 0.0), name
 
 
 def _entry(rows: Sequence[Row], metric: str) -> Entry:

@@ -193,6 +193,36 @@ CASES: dict[str, Callable[[], Case]] = {
     "diagonal_scan T=100 phase per token": partial(diagonal_case, 100, phase="token"),
 }
 
+TOKENS: dict[str, Callable[[], Case]] = {
+    "per_channel_decay": partial(decay_case, 1),
+    "per_channel_decay from zero": partial(decay_case, 1, start=False),
+    "per_channel_decay K=V=1": partial(decay_case, 1, K=1),
+    "per_channel_decay K=100 V=33": partial(decay_case, 1, K=100, V=33),
+    "per_channel_decay strong decay float16": partial(decay_case, 1, drops=(0,), dtype=torch.float16),
+    "scalar_decay": partial(decay_case, 1, scalar=True),
+    "scalar_decay from zero": partial(decay_case, 1, scalar=True, start=False),
+    "scalar_decay K=153 V=65": partial(decay_case, 1, K=153, V=65, scalar=True),
+    "scalar_decay float16": partial(decay_case, 1, scalar=True, dtype=torch.float16),
+    "delta_rule": partial(delta_case, 1),
+    "delta_rule from zero": partial(delta_case, 1, start=False),
+    "delta_rule K=96 V=24": partial(delta_case, 1, K=96, V=24),
+    "delta_rule float16": partial(delta_case, 1, dtype=torch.float16),
+    "delta_rule without decay": partial(delta_case, 1, decays=False),
+    "delta_rule without decay from zero K=5 V=7": partial(delta_case, 1, K=5, V=7, decays=False, start=False),
+    "delta_rule without decay float16": partial(delta_case, 1, decays=False, dtype=torch.float16),
+    "diagonal_low_rank": partial(low_rank_case, 1),
+    "diagonal_low_rank from zero": partial(low_rank_case, 1, start=False),
+    "diagonal_low_rank K=24 V=8": partial(low_rank_case, 1, K=24, V=8),
+    "diagonal_low_rank bounded float16": partial(low_rank_case, 1, bounded=True, dtype=torch.float16),
+    "gated_slots": partial(slot_case, 1),
+    "gated_slots from zero": partial(slot_case, 1, start=False),
+    "gated_slots K=100 V=72 M=3": partial(slot_case, 1, K=100, V=72, M=3),
+    "gated_slots float16": partial(slot_case, 1, dtype=torch.float16),
+    "diagonal_scan": partial(diagonal_case, 1),
+    "diagonal_scan phase per token": partial(diagonal_case, 1, phase="token"),
+}
+"""One token without gradients, where the recurrent kernels run."""
+
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "layer norm of 24": partial(LayerNorm, 24),
@@ -361,7 +391,8 @@ def report() -> dict[str, Any]:
     """Run every case; one that raises leaves its traceback and lets the others run."""
     found: dict[str, Any] = {}
     runs = {name: lambda make=make: errors(*make()) for name, make in CASES.items()}
-    for name, run in (runs | LAYER_CASES).items():
+    tokens = {f"token {name}": lambda make=make: errors(*make(), gradients=False) for name, make in TOKENS.items()}
+    for name, run in (runs | tokens | LAYER_CASES).items():
         try:
             found[name] = run()
         except Exception:

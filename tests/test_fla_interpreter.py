@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from fla_cases import CASES, LAYER_CASES, decay_case, delta_case, diagonal_case, low_rank_case, slot_case
+from fla_cases import CASES, LAYER_CASES, TOKENS, decay_case, delta_case, diagonal_case, low_rank_case, slot_case
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.ops import families, fla
@@ -60,6 +60,16 @@ def test_kernel_matches_reference(case: str, report: dict[str, Any]) -> None:
     assert all(error < tolerance for error in found.values()), found
 
 
+@pytest.mark.parametrize("case", TOKENS)
+def test_kernel_for_one_token_matches_reference(case: str, report: dict[str, Any]) -> None:
+    found = report[f"token {case}"]
+    assert isinstance(found, dict), found
+    assert set(found) - {"final1"} == {"o", "final"}
+    assert ("final1" in found) == case.startswith("gated_slots")
+    tolerance = TOLERANCE_HALF if "float16" in case else TOLERANCE
+    assert all(error < tolerance for error in found.values()), found
+
+
 @pytest.mark.parametrize("case", LAYER_CASES)
 def test_layers_kernel_matches_torch(case: str, report: dict[str, Any]) -> None:
     found = report[case]
@@ -100,6 +110,35 @@ def test_refused_gradient_reaches_the_caller(report: dict[str, Any]) -> None:
 )
 def test_kernel_name(inputs: families.OpInputs, name: str) -> None:
     assert fla.kernel_name(inputs) == name
+
+
+@pytest.mark.parametrize("case", TOKENS)
+def test_one_token_runs_the_recurrent_kernel_it_names_and_another_with_gradients(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class AskedError(Exception):
+        pass
+
+    def function(module: str, name: str) -> None:
+        raise AskedError(f"fla.{name}")
+
+    def asked() -> str:
+        with pytest.raises(AskedError) as raised:
+            families.run(inputs, "fla", state)
+        return str(raised.value)
+
+    monkeypatch.setattr(fla, "_function", function)
+    inputs, state = TOKENS[case]()
+    with torch.no_grad():
+        name = fla.kernel_name(inputs)
+        assert name.split(" (")[0] == asked()
+        assert name.startswith("fla.fused_recurrent_")
+        assert "padded" not in name
+    assert fla.kernel_name(inputs).split(" (")[0] == asked()
+    assert asked().startswith("fla.fused_recurrent_hgrn" if case.startswith("diagonal_scan") else "fla.chunk_")
+
+
+def test_two_tokens_run_the_chunk_kernel_also_without_gradients() -> None:
+    with torch.no_grad():
+        assert fla.kernel_name(decay_case(2)[0]) == "fla.chunk_gla"
 
 
 def test_selective_scan_is_refused_by_name() -> None:

@@ -1,5 +1,6 @@
-"""The CUDA default: each family on the Triton kernel of flash-linear-attention (fla), always the same kernel whatever the length.
+"""The CUDA default: each family on the Triton kernel of flash-linear-attention (fla), the same kernel whatever the length.
 
+But a single token without gradient, as in decoding, goes to the recurrent kernel: a chunk kernel would compute 64 tokens for it.
 Gates and states are computed in fp32; the output has the dtype of `v` (matrix states) or `x` (diagonal scan).
 Mamba's selective scan is absent on purpose: its fast kernel is in another package.
 Shape letters as in `families`; E is 2D: the real and imaginary parts of D complex channels, side by side.
@@ -45,11 +46,20 @@ _KERNELS = {
     "gated_slots": ("fla.ops.gsa", "chunk_gsa"),
     "diagonal_scan": ("fla.ops.hgrn", "fused_recurrent_hgrn"),
 }
+_TOKEN_KERNELS = {
+    "per_channel_decay": ("fla.ops.gla", "fused_recurrent_gla"),
+    "scalar_decay": ("fla.ops.simple_gla", "fused_recurrent_simple_gla"),
+    "delta_rule": ("fla.ops.gated_delta_rule", "fused_recurrent_gated_delta_rule"),
+    "delta_rule without decay": ("fla.ops.delta_rule", "fused_recurrent_delta_rule"),
+    "diagonal_low_rank": ("fla.ops.generalized_delta_rule", "fused_recurrent_dplr_delta_rule"),
+    "gated_slots": ("fla.ops.gsa", "fused_recurrent_gsa"),
+}
+"""For one token. They multiply no matrices on tensor cores, so they take every head dimension, and any number of slots."""
 
 
 def per_channel_decay(inputs: DecayInputs, state: State | None) -> tuple[Tensor, State]:
     """GLA's chunk kernel (arXiv 2312.06635, section 4): o (B, T, H, V), state (S_BHKV,) in fp32."""
-    return _matrix_state(inputs, (_padded(inputs.log_f_BTHK.float(), 1),), state)
+    return _matrix_state(inputs, (_fitted(inputs, inputs.log_f_BTHK.float(), 1),), state)
 
 
 def scalar_decay(inputs: ScalarDecayInputs, state: State | None) -> tuple[Tensor, State]:
@@ -60,13 +70,13 @@ def scalar_decay(inputs: ScalarDecayInputs, state: State | None) -> tuple[Tensor
 def delta_rule(inputs: DeltaInputs, state: State | None) -> tuple[Tensor, State]:
     """The chunk kernels of Gated DeltaNet and DeltaNet (arXiv 2412.06464, 2406.06484): o (B, T, H, V), state (S_BHKV,) in fp32.
 
-    DeltaNet's kernel refuses float32, which goes to the gated one with log decays of 0: the same recurrence, and no precision lost.
+    DeltaNet's chunk kernel refuses float32, which goes to the gated one with log decays of 0: the same recurrence, and no precision lost.
     """
     beta_BTH = inputs.beta_BTH.float()
     if _entry(inputs) != inputs.family:
-        return _matrix_state(inputs, (beta_BTH,), state)
+        return _matrix_state(inputs, (), state, beta=beta_BTH)
     log_f_BTH = torch.zeros_like(beta_BTH) if inputs.log_f_BTH is None else inputs.log_f_BTH.float()
-    return _matrix_state(inputs, (log_f_BTH, beta_BTH), state)
+    return _matrix_state(inputs, (log_f_BTH,), state, beta=beta_BTH)
 
 
 def diagonal_low_rank(inputs: DiagonalLowRankInputs, state: State | None) -> tuple[Tensor, State]:
@@ -75,26 +85,27 @@ def diagonal_low_rank(inputs: DiagonalLowRankInputs, state: State | None) -> tup
     In half precision a promised bound of the decay lets the kernel take chunks of 64 steps on tensor cores. That path inverts a matrix in
     fp16, so float32 keeps to the other one, chunks of 16. fla itself warns that float32 may not run on every GPU.
     """
-    a, b = (_padded(x.to(inputs.v_BTHV.dtype), 1) for x in (inputs.a_BTHK, inputs.b_BTHK))
-    return _matrix_state(inputs, (a, b, _padded(inputs.log_f_BTHK.float(), 1)), state, lower_bound=_tensor_core_bound(inputs))
+    a, b = (_fitted(inputs, x.to(inputs.v_BTHV.dtype), 1) for x in (inputs.a_BTHK, inputs.b_BTHK))
+    options = {} if _is_token(inputs) else {"lower_bound": _tensor_core_bound(inputs)}
+    return _matrix_state(inputs, (a, b, _fitted(inputs, inputs.log_f_BTHK.float(), 1)), state, **options)
 
 
 def gated_slots(inputs: SlotInputs, state: State | None) -> tuple[Tensor, State]:
     """GSA's chunk kernel (arXiv 2409.07146): o (B, T, H, V), state (slots_k_BHMK, slots_v_BHMV) in fp32."""
     K, V, M, dtype = inputs.k_BTHK.shape[-1], inputs.v_BTHV.shape[-1], inputs.s_BTHM.shape[-1], inputs.v_BTHV.dtype
-    copies = -(-MIN_HEAD_DIM // M)
-    slots = None if state is None else [_padded(x.float(), 1).repeat(1, 1, copies, 1) for x in state]
-    o_BTHV, (slots_k_BHKM, slots_v_BHMV) = _kernel(inputs.family)(
-        _padded(inputs.q_BTHK.to(dtype), 1),
-        _padded(inputs.k_BTHK.to(dtype), 1),
-        _padded(inputs.v_BTHV, 1),
+    copies = 1 if _is_token(inputs) else -(-MIN_HEAD_DIM // M)
+    slots = None if state is None else [_fitted(inputs, x.float(), 1).repeat(1, 1, copies, 1) for x in state]
+    o_BTHV, (slots_k_BHKM, slots_v_BHMV) = _kernel(inputs)(
+        _fitted(inputs, inputs.q_BTHK.to(dtype), 1),
+        _fitted(inputs, inputs.k_BTHK.to(dtype), 1),
+        _fitted(inputs, inputs.v_BTHV, 1),
         inputs.s_BTHM.to(dtype).repeat(1, 1, 1, copies),
         inputs.log_f_BTHM.float().repeat(1, 1, 1, copies),
         scale=inputs.scale,
         initial_state=None if slots is None else (slots[0].mT, slots[1]),
         output_final_state=True,
     )
-    return o_BTHV[..., :V], (slots_k_BHKM.mT[:, :, :M, :K], slots_v_BHMV[:, :, :M, :V])
+    return o_BTHV[..., :V].to(dtype), (slots_k_BHKM.mT[:, :, :M, :K], slots_v_BHMV[:, :, :M, :V])
 
 
 def diagonal_scan(inputs: DiagonalInputs, state: State | None) -> tuple[Tensor, State]:
@@ -111,12 +122,17 @@ def diagonal_scan(inputs: DiagonalInputs, state: State | None) -> tuple[Tensor, 
 
 
 def kernel_name(inputs: OpInputs) -> str:
-    """What computes these inputs, for the result row: `fla.chunk_gla`, `fla.chunk_gla (K padded 8 to 16)`, ..."""
+    """What computes these inputs, for the result row: `fla.chunk_gla`, `fla.chunk_gla (K padded 8 to 16)`, ...
+
+    A single token has another kernel under `torch.no_grad()` than with gradients.
+    """
     if inputs.family == "softmax":
         return "torch.scaled_dot_product_attention"
     if inputs.family not in _KERNELS:
         raise ConfigError(f"backend=fla has no {inputs.family}; use backend=chunked")
     entry = _entry(inputs)
+    if _is_token(inputs) and entry in _TOKEN_KERNELS:
+        return f"fla.{_TOKEN_KERNELS[entry][1]}"
     notes: list[str] = []
     if isinstance(inputs, DeltaInputs) and inputs.log_f_BTH is None and entry == inputs.family:
         notes = ["no decay: chunk_delta_rule in half precision"]
@@ -141,10 +157,16 @@ def load(inputs: OpInputs) -> None:
 
 
 def _entry(inputs: OpInputs) -> str:
-    """The entry of `_KERNELS` that runs these inputs."""
-    if isinstance(inputs, DeltaInputs) and inputs.log_f_BTH is None and inputs.v_BTHV.dtype != torch.float32:
+    """The entry of `_KERNELS`, or for a token of `_TOKEN_KERNELS`, that runs these inputs."""
+    if isinstance(inputs, DeltaInputs) and inputs.log_f_BTH is None and (_is_token(inputs) or inputs.v_BTHV.dtype != torch.float32):
         return "delta_rule without decay"
     return inputs.family
+
+
+def _is_token(inputs: OpInputs) -> bool:
+    """Whether these are one token's inputs of which no gradient is asked: most recurrent kernels of fla have none."""
+    length: int = (inputs.x_BTD if isinstance(inputs, DiagonalInputs) else inputs.v_BTHV).shape[1]  # type: ignore[attr-defined]
+    return length == 1 and not torch.is_grad_enabled()
 
 
 def _tensor_core_bound(inputs: DiagonalLowRankInputs) -> float | None:
@@ -153,25 +175,25 @@ def _tensor_core_bound(inputs: DiagonalLowRankInputs) -> float | None:
 
 
 def _matrix_state(inputs: MatrixInputs, gates: tuple[Tensor, ...], state: State | None, **options: Any) -> tuple[Tensor, State]:
-    """Run a chunk kernel with the scale given, never the kernel's default, and every head dimension padded to one that it takes."""
+    """Run a kernel with the scale given, never the kernel's default, and every head dimension padded to one that it takes."""
     K, V, dtype = inputs.k_BTHK.shape[-1], inputs.v_BTHV.shape[-1], inputs.v_BTHV.dtype
-    o_BTHV, final_BHKV = _kernel(_entry(inputs))(
-        _padded(inputs.q_BTHK.to(dtype), 1),
-        _padded(inputs.k_BTHK.to(dtype), 1),
-        _padded(inputs.v_BTHV, 1),
+    o_BTHV, final_BHKV = _kernel(inputs)(
+        _fitted(inputs, inputs.q_BTHK.to(dtype), 1),
+        _fitted(inputs, inputs.k_BTHK.to(dtype), 1),
+        _fitted(inputs, inputs.v_BTHV, 1),
         *gates,
         scale=inputs.scale,
-        initial_state=None if state is None else _padded(state[0].float(), 2),
+        initial_state=None if state is None else _fitted(inputs, state[0].float(), 2),
         output_final_state=True,
         **options,
     )
-    return o_BTHV[..., :V], (final_BHKV[..., :K, :V],)
+    return o_BTHV[..., :V].to(dtype), (final_BHKV[..., :K, :V],)
 
 
 def _scan(x_BTD: Tensor, log_a_BTD: Tensor, h_BD: Tensor | None) -> tuple[Tensor, Tensor]:
     """The real scan in fp32, whatever the dtype of x: the kernel would keep its outputs, hence its gradients, in that dtype."""
     h_BD = None if h_BD is None else h_BD.float()
-    o_BTD, final_BD = _kernel("diagonal_scan")(x_BTD.float(), log_a_BTD.float(), initial_state=h_BD, output_final_state=True)
+    o_BTD, final_BD = _function(*_KERNELS["diagonal_scan"])(x_BTD.float(), log_a_BTD.float(), initial_state=h_BD, output_final_state=True)
     return o_BTD, final_BD
 
 
@@ -210,15 +232,20 @@ def _padded_size(size: int) -> int:
     return max(MIN_HEAD_DIM, size + size % 2)
 
 
+def _fitted(inputs: OpInputs, x: Tensor, dims: int) -> Tensor:
+    """`x` as the kernel takes it: padded where it is a chunk kernel."""
+    return x if _is_token(inputs) else _padded(x, dims)
+
+
 def _padded(x: Tensor, dims: int) -> Tensor:
     """Zeros appended to each of the last `dims` dimensions, up to its `_padded_size`."""
     missing = [_padded_size(size) - size for size in x.shape[::-1][:dims]]
     return F.pad(x, [n for m in missing for n in (0, m)]) if any(missing) else x
 
 
-def _kernel(entry: str) -> Callable[..., Any]:
-    """The fla function of one entry of `_KERNELS`."""
-    return _function(*_KERNELS[entry])
+def _kernel(inputs: OpInputs) -> Callable[..., Any]:
+    """The fla function that runs these inputs."""
+    return _function(*(_TOKEN_KERNELS if _is_token(inputs) else _KERNELS)[_entry(inputs)])
 
 
 @functools.cache

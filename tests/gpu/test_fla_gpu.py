@@ -1,26 +1,22 @@
 """The fla adapter's compiled kernels against the reference on a CUDA device: outputs, final states and every gradient."""
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the folder of fla_cases, where pytest was given this folder alone
 from fla_cases import (
     LAYERS,
+    TOKENS,
     Case,
     decay_case,
     delta_case,
     diagonal_case,
     errors,
     layer_errors,
-    load_kernels,
     loss_errors,
     low_rank_case,
     results,
@@ -29,7 +25,6 @@ from fla_cases import (
 )
 
 from hgrn2_bench.ops import families, fla
-from hgrn2_bench.ops.autotune import autotuners
 from hgrn2_bench.ops.families import DecayInputs, ScalarDecayInputs
 
 pytestmark = [
@@ -37,6 +32,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.skipif(find_spec("fla") is None, reason="needs flash-linear-attention"),
     pytest.mark.filterwarnings("ignore"),  # fla and Triton warn about themselves
+    pytest.mark.usefixtures("no_tuning"),
 ]
 
 FAMILIES: dict[str, Callable[..., Case]] = {
@@ -49,19 +45,6 @@ FAMILIES: dict[str, Callable[..., Case]] = {
     "diagonal_scan": diagonal_case,
 }
 TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 2e-2}  # fp32 matrix products run in tf32
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_tuning() -> Iterator[None]:
-    """The first configuration of each kernel, for this file only: these tests check values, and tuning takes minutes."""
-    load_kernels()
-    tuners = list(autotuners())
-    kept = [tuner.configs for tuner in tuners]
-    for tuner in tuners:
-        tuner.configs = tuner.configs[:1]
-    yield
-    for tuner, configs in zip(tuners, kept, strict=True):
-        tuner.configs = configs
 
 
 def on_gpu(case: Case) -> Case:
@@ -83,6 +66,22 @@ def test_kernel_matches_reference(family: str, T: int, dtype: torch.dtype) -> No
     case = FAMILIES[family](T, 32, dtype=dtype)
     found = errors(*on_gpu(case), gradients=has_gradient(family))
     assert all(error < TOLERANCES[dtype] for error in found.values()), found
+
+
+@pytest.mark.parametrize("case", TOKENS)
+def test_kernel_for_one_token_matches_reference(case: str) -> None:
+    found = errors(*on_gpu(TOKENS[case]()), gradients=False)
+    tolerance = TOLERANCES[torch.bfloat16] if "float16" in case else 1e-4  # no matrix product, hence no tf32
+    assert all(error < tolerance for error in found.values()), found
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("K", [64, 128, 256])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "diagonal_scan"])
+def test_kernel_for_one_token_at_the_usual_head_dimensions(family: str, K: int, dtype: torch.dtype) -> None:
+    found = errors(*on_gpu(FAMILIES[family](1, K, dtype=dtype)), gradients=False)
+    tolerance = TOLERANCES[dtype] if dtype == torch.bfloat16 else 1e-4
+    assert all(error < tolerance for error in found.values()), found
 
 
 @pytest.mark.parametrize("phase", ["channel", "token"])

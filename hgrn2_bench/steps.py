@@ -88,19 +88,36 @@ class Steps:
 
     def _capture(self, batch: Batch, shapes: Shapes) -> None:
         """Record one step without running it. A model that waits for the GPU inside its step cannot be recorded and stays eager."""
-        graph, inputs = torch.cuda.CUDAGraph(), tuple(t.clone() for t in batch)
-        torch.cuda.synchronize()
-        stream = torch.cuda.current_stream()
+        inputs = tuple(t.clone() for t in batch)
         try:
-            with torch.cuda.graph(graph):
-                loss = self._eager(inputs)
-        except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # a failed capture keeps its own stream, and may keep the generator waiting for its end
-            generator = torch.cuda.default_generators[torch.cuda.current_device()]
-            generator.graphsafe_set_state(generator.clone_state())
-            reason = error.__context__ or error  # the end of a failed capture raises too, and says less
+            graph, loss = capture(lambda: self._eager(inputs))
+        except NotCapturedError as error:
             self.capturing = False
             kind = "CUDA graph for some shapes, eager for others" if self.captured else "eager"
-            self.mode = f"{kind}; cannot be captured in a CUDA graph: {' '.join(str(reason).split())[:120]}"
+            self.mode = f"{kind}; cannot be captured in a CUDA graph: {error}"
             return
         self.captured[shapes], self.mode = _Captured(graph, inputs, loss), "CUDA graph"
+
+
+class NotCapturedError(Exception):
+    """A step waits for the GPU, or does something else that a CUDA graph cannot hold; the text says what."""
+
+
+def capture(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Record one step without running it: its graph, and the tensor in which each replay leaves what the step returns.
+
+    NotCapturedError where it cannot be recorded; eager work goes on as before.
+    """
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    stream = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            left = step()
+    except RuntimeError as error:
+        torch.cuda.set_stream(stream)  # a failed capture keeps its own stream, and may keep the generator waiting for its end
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(generator.clone_state())
+        reason = error.__context__ or error  # the end of a failed capture raises too, and says less
+        raise NotCapturedError(" ".join(str(reason).split())[:120]) from error
+    return graph, left

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, heads_of
+from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, heads_of, overwrite
 from hgrn2_bench.layers import ShortConv, conv_buffers, split_heads
+from hgrn2_bench.ops import cache
 from hgrn2_bench.ops.families import SoftmaxInputs
 
 
@@ -27,6 +28,7 @@ class Attention(Mixer):
     version: ClassVar[int] = 1
     rotary: ClassVar[bool] = True
     family: ClassVar[str] = "softmax"
+    cached: ClassVar[tuple[str, ...]] = ("op",)
 
     num_heads: int = 1
     causal: bool = True
@@ -57,10 +59,21 @@ class Attention(Mixer):
             q_BTD, k_BTD, v_BTD = self.conv_q(q_BTD, ctx), self.conv_k(k_BTD, ctx), self.conv_v(v_BTD, ctx)
         q, k, v = (split_heads(t, self.num_heads) for t in (q_BTD, k_BTD, v_BTD))
         if self.rope:
-            offset = ctx.state["op"][0].shape[1] if ctx.state else 0
+            seen = ctx.state["op"][0].shape[1] if ctx.state else 0
+            offset = seen if ctx.position is None else ctx.position
             q, k = rotate(q, offset), rotate(k, offset)
         dropout = self.dropout if self.training else 0.0
         return SoftmaxInputs(q_BTHK=q, k_BTHK=k, v_BTHV=v, scale=self.scale, causal=self.causal, dropout=dropout)
+
+    def step_in_place(self, x_BD: Tensor, ctx: Context) -> Tensor:
+        """Decode one token from the padded cache: keys and values go to row `ctx.position`, and the query sees the rows up to it."""
+        if ctx.state is None or ctx.position is None:
+            raise ValueError("attention decodes in place from a cache and a position: run the prompt first")
+        ctx.return_state = True
+        x_B1D = x_BD[:, None]
+        o_B1HK = cache.attend(self.project(x_B1D, ctx), ctx.state["op"], ctx.position)
+        overwrite(ctx)  # the convolutions' buffers
+        return self.readout(o_B1HK, x_B1D)[:, 0]
 
     def readout(self, o: Tensor, x_BTD: Tensor) -> Tensor:
         """The output projection."""
@@ -95,12 +108,12 @@ class Attention(Mixer):
 ROPE_BASE = 10_000.0
 
 
-def rotate(x_BTHK: Tensor, offset: int) -> Tensor:
-    """Rotary positions offset, offset + 1, ... applied to the two halves of the last dimension, in float32 or wider."""
+def rotate(x_BTHK: Tensor, offset: int | Tensor) -> Tensor:
+    """Rotary positions offset, offset + 1, ... applied to the two halves of the last dimension, in float32 or wider; offset may be (1,)."""
     T, K = x_BTHK.shape[1], x_BTHK.shape[3]
     dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
     rate = ROPE_BASE ** (-torch.arange(0, K, 2, device=x_BTHK.device, dtype=dtype) / K)
-    angle_T1K = torch.outer(torch.arange(offset, offset + T, device=x_BTHK.device, dtype=dtype), rate)[:, None]
+    angle_T1K = torch.outer(torch.arange(T, device=x_BTHK.device, dtype=dtype) + offset, rate)[:, None]
     cos, sin = angle_T1K.cos(), angle_T1K.sin()
     a, b = x_BTHK.to(dtype).chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x_BTHK.dtype)

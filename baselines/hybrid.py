@@ -40,7 +40,7 @@ class Hybrid(Mixer):
             raise ConfigError(f"backend={spec.backend}: {self.label} has only {', '.join(mixer.backends)}")
         first = next(layer for layer in range(spec.first, spec.layer + 1) if self.layers[layer % len(self.layers)] == self.label)
         self.part = mixer(replace(spec, first=first, settings={}))
-        for fact in ("gated", "bounded", "rotary", "family"):
+        for fact in ("gated", "bounded", "rotary", "family", "cached"):
             setattr(self, fact, getattr(self.part, fact))
 
     def _check_depth(self, num_layers: int) -> None:
@@ -68,6 +68,10 @@ class Hybrid(Mixer):
         """The part's own."""
         out_BTD: Tensor = self.part(x_BTD, ctx)
         return out_BTD
+
+    def step_in_place(self, x_BD: Tensor, ctx: Context) -> Tensor:
+        """The part's own."""
+        return self.part.step_in_place(x_BD, ctx)
 
     def state_size(self, seq_len: int, itemsize: int = 4) -> int:
         """The part's own."""

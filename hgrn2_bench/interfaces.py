@@ -50,6 +50,8 @@ class Context:
     """What `project` leaves for `finish` of the same layer."""
     lengths_B: Tensor | None = None
     state: MixerState | None = None
+    position: Tensor | None = None
+    """How many tokens came before, (1,), where the state's own length does not tell: in `step_in_place`."""
     return_state: bool = False
     next_state: MixerState = field(default_factory=dict)
 
@@ -79,6 +81,8 @@ class Mixer(nn.Module):
     """Names of own parameters that the optimiser must not decay."""
     label = ""
     """What tells this layer's mixer from other layers' of one model; empty where all layers are alike."""
+    cached: ClassVar[tuple[str, ...]] = ()
+    """Parts of the state that hold one row per token, (B, T, ...), and that its own `step_in_place` takes padded to a fixed T."""
     state_setting: ClassVar[str] = ""
     """The one setting, a number, that `match=state` changes to size the state; empty where none does."""
 
@@ -149,6 +153,28 @@ class Mixer(nn.Module):
         """
         ctx = Context(shared=shared or {}, carry={} if carry is None else carry, state=state, return_state=True)
         return self.forward(x_BD[:, None], ctx)[:, 0], ctx.next_state
+
+    def step_in_place(self, x_BD: Tensor, ctx: Context) -> Tensor:
+        """Decode one token, (B, D) to (B, D), and write the next state into the tensors of `ctx.state`, which keep their addresses.
+
+        A CUDA graph can hold it. What the state has in `cached` is padded: rows from `ctx.position` on are free.
+        """
+        ctx.return_state = True
+        y_BD = self.forward(x_BD[:, None], ctx)[:, 0]
+        overwrite(ctx)
+        return y_BD
+
+
+def overwrite(ctx: Context) -> None:
+    """Copy `ctx.next_state` into the tensors of `ctx.state`. ValueError where one of them has another shape, as a state that grows has."""
+    held = ctx.state or {}
+    for name, tensors in ctx.next_state.items():
+        for mine, given in zip(held[name], tensors, strict=True):
+            if mine.shape != given.shape:
+                raise ValueError(
+                    f"state {name!r} has shape {tuple(given.shape)} after a step, {tuple(mine.shape)} before: it cannot stay in place"
+                )
+            mine.copy_(given)
 
 
 def heads_of(d_model: int, head_dim: int, what: str, width: str = "d_model", result: str = "heads") -> int:

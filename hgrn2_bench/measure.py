@@ -42,8 +42,7 @@ def sample_inputs(model: SequenceModel, mixer: Mixer, seq_len: int = 64) -> fami
     """What a mixer of the model hands to its recurrence on standard normal input; None for a plain module."""
     if not mixer.family:
         return None
-    device = model.embedding.weight.device
-    x_BTD = torch.randn(4, seq_len, model.config.d_model, generator=torch.Generator().manual_seed(0)).to(device)
+    x_BTD = torch.randn(4, seq_len, model.config.d_model, generator=torch.Generator().manual_seed(0)).to(model.embedding.weight)
     return mixer.project(x_BTD, Context(shared=model.shared()))
 
 

@@ -100,10 +100,18 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """Mix over time, then over channels."""
-        x_BTD = x_BTD + self.dropout(self.mixer(self.mixer_norm(x_BTD), ctx))
+        return self.add(x_BTD, self.mixer(self.mixer_norm(x_BTD), ctx))
+
+    def step_in_place(self, x_BD: Tensor, ctx: Context) -> Tensor:
+        """The same for one token, (B, D) to (B, D), with the state as in `Mixer.step_in_place`."""
+        return self.add(x_BD, self.mixer.step_in_place(self.mixer_norm(x_BD), ctx))
+
+    def add(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The residual with what the mixer gave, then with what the channel mixer makes of it; (..., D) each."""
+        x = x + self.dropout(mixed)
         if self.channel is not None and self.channel_norm is not None:
-            x_BTD = x_BTD + self.dropout(self.channel(self.channel_norm(x_BTD)))
-        return x_BTD
+            x = x + self.dropout(self.channel(self.channel_norm(x)))
+        return x
 
 
 def sinusoid(max_len: int, d_model: int) -> Tensor:
@@ -166,21 +174,28 @@ class SequenceModel(nn.Module):
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens_BT: Tensor, lengths_B: Tensor | None = None) -> Tensor:
-        """Hidden states (B, T, D) after the final norm. ValueError where the sequence is longer than a learned position table."""
-        T = tokens_BT.shape[1]
-        x_BTD = self.embedding(tokens_BT)
-        if self.position is not None:
-            if self.position.num_embeddings < T:
-                raise ValueError(f"{T} tokens, but positions=learned knows only {self.position.num_embeddings}")
-            x_BTD = x_BTD + self.position.weight[:T]
-        elif self.config.positions == "sinusoid":
-            x_BTD = x_BTD + self.get_buffer("sinusoid")[:T]
-        x_BTD = self.embed_dropout(x_BTD)
+        """Hidden states (B, T, D) after the final norm. ValueError where the sequence is longer than the table of positions."""
+        x_BTD = self.embed(tokens_BT)
         shared = self.shared()
         carry: dict[str, Tensor] = {}
         for block in self.blocks:
             x_BTD = block(x_BTD, Context(shared=shared, carry=carry, lengths_B=lengths_B))
         return self.norm(x_BTD)
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Embedded tokens with their positions from 0 on, (B, T, D). ValueError where the table of positions has fewer."""
+        x_BTD, table_PD, T = self.embedding(tokens_BT), self.position_table(), tokens_BT.shape[1]
+        if table_PD is not None:
+            if len(table_PD) < T:
+                raise ValueError(f"{T} tokens, but positions={self.config.positions} knows only {len(table_PD)}")
+            x_BTD = x_BTD + table_PD[:T]
+        return self.embed_dropout(x_BTD)
+
+    def position_table(self) -> Tensor | None:
+        """What is added to the embedding at each position, (P, D); None without such a table."""
+        if self.position is not None:
+            return self.position.weight
+        return self.get_buffer("sinusoid") if self.config.positions == "sinusoid" else None
 
     def shared(self) -> dict[str, Tensor]:
         """Tensors that all mixers see."""

@@ -153,7 +153,7 @@ def kernel_name(inputs: OpInputs) -> str:
 def load(inputs: OpInputs) -> None:
     """Import the kernel of these inputs, so that its tuners can be set before it first runs; torch's own attention needs nothing."""
     if inputs.family in _KERNELS:
-        _kernel(_entry(inputs))
+        _kernel(inputs)
 
 
 def _entry(inputs: OpInputs) -> str:

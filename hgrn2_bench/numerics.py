@@ -22,14 +22,15 @@ def relative_error(inputs: OpInputs, backend: str, gradients: bool) -> tuple[flo
 
     The reference runs in float64. Below 1e-20 an error counts against that. NaN counts as infinite.
     """
-    want, got = _results(_wide(inputs), "reference", gradients), _results(inputs, backend, gradients)
+    want, got = results(_wide(inputs), "reference", gradients), results(inputs, backend, gradients)
     errors = {name: ((_widened(got[name]) - x).norm() / x.norm().clamp_min(1e-20)).item() for name, x in want.items()}
     errors = {name: float("inf") if error != error else error for name, error in errors.items()}
     worst = max(errors, key=lambda name: errors[name])
     return errors[worst], worst
 
 
-def _results(inputs: OpInputs, backend: str, gradients: bool) -> dict[str, Tensor]:
+def results(inputs: OpInputs, backend: str, gradients: bool) -> dict[str, Tensor]:
+    """The output `o` and, if asked for, the gradient of every tensor for a fixed random weighting of it."""
     leaves = {name: x.detach().requires_grad_(gradients) for name, x in tensors(inputs).items()}
     with torch.set_grad_enabled(gradients):
         o, _ = families.run(replace(inputs, **leaves), backend)  # type: ignore[type-var]

@@ -21,10 +21,14 @@ SIZE = ("d_model", "num_layers")
 """What makes a model's size, in the title."""
 SHOWN = {"tokens/s": count, "bytes": byte_count, "s": lambda value: duration(value), "FLOP/s": count, "bytes/s": byte_count}
 """How values of a unit are shown."""
+TIMES = ("tokens_per_s", "latency")
+"""Metrics beside which the share of the roofline is printed."""
 DERIVED = {
     "flops_per_s": ("FLOP/s", "algorithmic FLOP/s"),
     "bytes_per_s": ("bytes/s", "algorithmic bytes/s"),
     "roofline": ("share", "share of the roofline measured in the same process"),
+    "chunk_extra": ("share", "work that chunks add, relative to the recurrent form"),
+    "relative_error": ("error", "largest relative error against reference before timing"),
     "compile": ("s", "first call beyond a usual one: compiling and tuning kernels"),
 }
 """What `--metric` shows beside the metrics of the rows: a detail's unit, and what it is."""
@@ -105,14 +109,16 @@ def _table(rows: Sequence[Row], protocol: Protocol, asked: str | None) -> Table 
     varying = _varying([next(iter(line.values())).rows[0] for line in lines.values()], protocol)
     show = SHOWN.get(unit, short3)
     columns = [Column("model"), *(Column(key, short) for key in varying), *(Column(f"{size:,}") for size in sizes)]
+    columns += [Column("first calls", lambda value: "–" if value is None else duration(value))]
     columns += [Column("parameters", count), Column("kernel")]
     body = []
     for line in lines.values():
         row = next(iter(line.values())).rows[0]
         known = next((e.rows[0] for e in line.values() if e.values), row)
         kernel = known.details.get("kernel") or known.effective.get("kernel", "–")
-        values = [_shown(line.get(size), show) for size in sizes]
-        body.append((named(row), *(settings_of(row).get(key) for key in varying), *values, known.parameters, kernel))
+        values = [_shown(line.get(size), show, metric) for size in sizes]
+        cold = max((r.compile_s for entry in line.values() for r in entry.rows if r.step_s is not None), default=None)
+        body.append((named(row), *(settings_of(row).get(key) for key in varying), *values, cold, known.parameters, kernel))
     size_text = ", ".join(f"{key} {first.settings.get(key)}" for key in SIZE)
     title = f"{first.suite}, preset {first.preset}, {first.task}, {size_text}: {what} ({unit}) by {protocol.across}"
     return Table(title, tuple(columns), tuple(body), tuple(_notes(rows, lines, protocol, metric, varying)))
@@ -162,13 +168,15 @@ def _value(row: Row, metric: str) -> float | None:
     return None if value is None else float(value)
 
 
-def _shown(entry: Entry | None, show: Any) -> Any:
+def _shown(entry: Entry | None, show: Any, metric: str) -> Any:
     if entry is None:
         return "–"
     by_seed = {row.seed: value for row, value in zip(entry.rows, entry.values, strict=False)}
     if entry.median is None:
         return Score(entry.outcome if entry.outcome != "ok" else "–", by_seed)
-    return Score(show(entry.median) + entry.marks, by_seed)
+    shares = [row.details["roofline"] for row in entry.rows if "roofline" in row.details]
+    share = f" ({statistics.median(shares):.0%})" if shares and metric in TIMES else ""
+    return Score(show(entry.median) + share + entry.marks, by_seed)
 
 
 def _varying(firsts: Sequence[Row], protocol: Protocol) -> list[str]:
@@ -192,6 +200,8 @@ def _notes(
     if widest.spread:
         place = f"{widest.rows[0].model}, {protocol.across} {widest.rows[0].settings[protocol.across]}"
         notes[0] += f"; largest spread {widest.spread:.1%} ({place})"
+    if metric in TIMES:
+        notes.append("in parentheses the share of the roofline; first calls: seconds beyond usual ones, in which kernels compile")
     marks = "".join(entry.marks for entry in entries)
     notes += ["~ never became steady"] * ("~" in marks) + ["! above the ceiling measured in the same process"] * ("!" in marks)
     notes += _failures(entries, protocol.across)
@@ -223,7 +233,7 @@ def _failures(entries: Sequence[Entry], across: str) -> list[str]:
 def _crossovers(lines: Mapping[str, Mapping[Any, Entry]], protocol: Protocol, metric: str, varying: Sequence[str]) -> list[str]:
     """From which size on the first of the pair is faster than each line of the second."""
     ours, theirs = protocol.beside
-    if metric not in ("tokens_per_s", "latency") or not ours:
+    if metric not in TIMES or not ours:
         return []
     named_lines = [(next(iter(line.values())).rows[0], line) for line in lines.values()]
     notes = []

@@ -5,6 +5,7 @@ Shape letters: B sequences, T time, D width, V vocabulary.
 
 import functools
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,8 @@ BACKWARD = 3.0
 OPTIMIZER_PASSES = 9
 """AdamW reads weight, gradient and two moments and writes three of them; the pass before it wrote gradients and read weights."""
 LEARNING_RATE = 1e-6
+CHUNK = 64
+"""Tokens of a chunk in fla's kernels of these families."""
 SPAN = 256
 """Tokens that are decoded again and again."""
 
@@ -40,6 +43,19 @@ def detached(inputs: families.OpInputs) -> families.OpInputs:
     """The inputs of one recurrence without their history, each a tensor of its own unless it is broadcast."""
     own = {name: x.detach() if 0 in x.stride() else x.detach().contiguous() for name, x in numerics.tensors(inputs).items()}
     return replace(inputs, **own)  # type: ignore[type-var]
+
+
+def chunk_extra(inputs: families.OpInputs) -> float:
+    """Operations per token that chunks of CHUNK tokens add to a matrix recurrence; 0 for a family that is not computed in chunks.
+
+    Inside a chunk each token meets (CHUNK + 1) / 2 others: 2 (K + V) operations each for scores and outputs. The delta rule has also the
+    products of the keys, and the solved keys and values, 2 (2 K + V) each, and reads the state once more, 2 K V.
+    """
+    if not isinstance(inputs, families.DecayInputs | families.ScalarDecayInputs | families.DeltaInputs):
+        return 0.0
+    (H, K), V = inputs.k_BTHK.shape[-2:], inputs.v_BTHV.shape[-1]
+    delta = isinstance(inputs, families.DeltaInputs)
+    return H * ((CHUNK + 1) * (K + V + (2 * K + V) * delta) + 2 * K * V * delta)
 
 
 class Runner:
@@ -55,6 +71,8 @@ class Runner:
         self.dtype = torch.bfloat16 if cell.dtype == "bfloat16" else torch.float32
         self.generator = torch.Generator(cell.device).manual_seed(cell.seed)
         self.mode: Callable[[], str] = lambda: "eager"
+        self.cold_s, self.cold_calls = 0.0, 0
+        self.chunk_extra: float | None = None
 
     @staticmethod
     def shape(cell: Cell) -> Shape:
@@ -86,13 +104,13 @@ class Runner:
         timed = timing.time_calls(calls, self.device, self.config.sample_s, self.config.warm_up_s)
         rate = tokens / timed.median
         details = {"relative_error": error, "worst": worst, "gpu": gpu, "inputs": len(calls), "mode": self.mode()}
-        details |= self._account(timed, flops, nbytes)
+        details |= self._account(timed, flops, nbytes) | ({"chunk_extra": self.chunk_extra} if self.chunk_extra else {})
         metrics = [
             Metric("test", "tokens_per_s", rate, timed.calls),
             Metric("test", "latency", timed.median, timed.calls, unit="s", higher_is_better=False),
             *self._peak(),
         ]
-        return Measured(metrics, timed.median, timed.compile_s, rate, details)
+        return Measured(metrics, timed.median, self._compile_s(timed), rate, details)
 
     def _gate(self, model: SequenceModel) -> tuple[float | None, str]:
         """The relative error of the recurrence as this model feeds it; ValueError where it is too large to be the same function."""
@@ -103,6 +121,7 @@ class Runner:
         with self._autocast():
             inputs = detached(mixer.project(self._random(1, T, model.config.d_model), Context(shared=model.shared())))
         trains = self.config.kind == "train" or (self.config.kind in ("op", "layer") and self.config.passes == "training")
+        self._cold(lambda: numerics.results(inputs, self.cell.backend, trains), 1)
         error, worst = numerics.relative_error(inputs, self.cell.backend, trains)
         limit = numerics.TOLERANCES[self.dtype]
         if not error <= limit:
@@ -122,6 +141,7 @@ class Runner:
             o_bytes = families.run(first, self.cell.backend)[0].nbytes
         flops = mixer.op_flops(self.config.seq_len)
         tokens = self.config.sequences * self.config.seq_len
+        self.chunk_extra = flops and chunk_extra(first) / flops
         if self.config.passes == "forward":
             return [self._op_forward(inputs) for inputs in sets], flops and flops * tokens, nbytes + o_bytes
         # forward, then: inputs and the output's gradient read, the inputs' gradients written
@@ -188,8 +208,7 @@ class Runner:
         tokens = self._tokens(B, T + 1)
         where = torch.arange(B * T, device=self.device)
         batch: Batch = (tokens[:, :-1].contiguous(), where, tokens[:, 1:].flatten())
-        for _ in range(steps.warm_steps - 1):
-            steps(batch, LEARNING_RATE)
+        self._cold(lambda: steps(batch, LEARNING_RATE), steps.warm_steps - 1)
         self.mode = lambda: steps.mode
         flops = measure.train_flops_per_token(model, T)
         moved = sum(p.nbytes for p in model.parameters()) * OPTIMIZER_PASSES
@@ -231,8 +250,7 @@ class Runner:
         if config.kind == "memory":
             call()
             return Measured([held, *self._peak()], None, 0.0, None, details)
-        for _ in range(decoder.warm_steps - 1):
-            call()
+        self._cold(call, decoder.warm_steps - 1)
         timed = timing.time_calls([call], self.device, config.sample_s, config.warm_up_s)
         weights = sum(p.nbytes for p in model.blocks.parameters()) + model.head.weight.nbytes
         flops = measure.train_flops_per_token(model, 2 * config.seq_len - 1)  # attention counts the mean context: here all of it
@@ -244,7 +262,21 @@ class Runner:
             held,
             *self._peak(),
         ]
-        return Measured(metrics, timed.median, timed.compile_s, rate, details)
+        return Measured(metrics, timed.median, self._compile_s(timed), rate, details)
+
+    def _cold(self, call: Call, times: int) -> None:
+        """Calls before the timed ones, which compile and tune too."""
+        began = time.perf_counter()
+        for _ in range(times):
+            call()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.cold_s += time.perf_counter() - began
+        self.cold_calls += times
+
+    def _compile_s(self, timed: Timing) -> float:
+        """Seconds of all first calls beyond usual ones."""
+        return timed.compile_s + max(0.0, self.cold_s - self.cold_calls * timed.median)
 
     def _account(self, timed: Timing, flops: float | None, nbytes: int) -> dict[str, Any]:
         """How the number came about and how near it is to what the device can do."""

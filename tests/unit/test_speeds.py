@@ -52,7 +52,7 @@ def test_sizes_are_columns_and_repeats_their_median():
     ]
     table = only(rows)
     assert [c.name for c in table.columns][1:3] == ["512", "1,024"]
-    assert (shown(table)["hgrn2"]["512"], shown(table)["hgrn2"]["1,024"]) == ("1M", "4M")
+    assert (shown(table)["hgrn2"]["512"], shown(table)["hgrn2"]["1,024"]) == ("1M (50%)", "4M (50%)")
     assert "median of 3 repeats, models taking turns; largest spread 50.0% (hgrn2, seq_len 1024)" in table.notes
 
 
@@ -71,7 +71,7 @@ def test_a_repeat_that_failed_leaves_no_median():
 
 def test_unsteady_and_implausible_values_are_marked():
     table = only([cell(1e6, details=DETAILS | {"steady": False}), cell(1e6, 1024, details=DETAILS | {"above_ceiling": True})])
-    assert (shown(table)["hgrn2"]["512"], shown(table)["hgrn2"]["1,024"]) == ("1M~", "1M!")
+    assert (shown(table)["hgrn2"]["512"], shown(table)["hgrn2"]["1,024"]) == ("1M (50%)~", "1M (50%)!")
     assert {"~ never became steady", "! above the ceiling measured in the same process"} <= set(table.notes)
 
 
@@ -82,12 +82,12 @@ def test_devices_precisions_and_sizes_never_share_a_table():
 
 def test_a_cell_run_twice_counts_once():
     old, new = cell(1e6, time="2026-01-01T00:00:00+00:00"), cell(3e6, time="2026-02-01T00:00:00+00:00")
-    assert shown(only([new, old]))["hgrn2"]["512"] == "3M"
+    assert shown(only([new, old]))["hgrn2"]["512"] == "3M (50%)"
 
 
 def test_other_metrics_and_details_are_shown_on_demand():
     rows = [cell(1e6), cell(0.012, metric="latency", unit="s", higher_is_better=False)]
-    assert shown(only(rows, "latency"))["hgrn2"]["512"] == "12 ms"
+    assert shown(only(rows, "latency"))["hgrn2"]["512"] == "12 ms (50%)"
     assert shown(only(rows, "roofline"))["hgrn2"]["512"] == "0.5"
     assert make_tables(rows, PROTOCOL, "peak") == []
 
@@ -96,6 +96,12 @@ def test_a_task_without_the_primary_metric_shows_its_first():
     table = only([cell(4e9, metric="state", unit="bytes", higher_is_better=False, task="memory_batch1")])
     assert "state (bytes)" in table.title
     assert shown(table)["hgrn2"]["512"] == "4GB"
+
+
+def test_first_calls_have_a_column_of_their_own():
+    table = only([cell(1e6, compile_s=2.5), cell(1e6, 1024, compile_s=40.0)])
+    assert shown(table)["hgrn2"]["first calls"] == 40.0
+    assert "| 40 s" in render(table, "md")
 
 
 def test_settings_of_one_model_are_lines_and_named():

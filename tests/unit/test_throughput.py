@@ -1,11 +1,14 @@
 """The throughput suite: its keys, and what a cell times, refuses or skips."""
 
+import time
+
 import pytest
 import torch
 
 from hgrn2_bench import engine, numerics, timing
 from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.interfaces import Context
 from hgrn2_bench.ops import chunked
 from hgrn2_bench.plan import make_plan
 from suites.throughput import runner
@@ -91,6 +94,29 @@ def test_backward_counts_twice_the_forward_pass(tmp_path):
     forward, both = (run(tmp_path, f"task={task}")[0].details for task in ("op_forward", "op"))
     assert both["flops"] == 3 * forward["flops"]
     assert both["bytes"] > 2 * forward["bytes"]
+
+
+@pytest.mark.parametrize(("model", "extra"), [("hgrn2", 65 * 32), ("gated_delta_net", None), ("attention", 0)])
+def test_the_extra_work_of_chunks(model, extra):
+    (cell,) = cells("task=op", model=model)
+    built = engine.build(cell)
+    inputs = built.mixers[0].project(torch.randn(1, 8, 16), Context())
+    found = runner.chunk_extra(inputs)
+    if extra is None:  # per head: scores, outputs, key products, solved keys and values, one more reading of the state
+        (H, K), V = inputs.k_BTHK.shape[-2:], inputs.v_BTHV.shape[-1]
+        extra = H * (65 * (3 * K + 2 * V) + 2 * K * V)
+    assert found == extra
+
+
+def test_what_runs_before_the_timed_calls_counts_as_compiling(tmp_path, monkeypatch):
+    right = numerics.results
+
+    def slow(*arguments):
+        time.sleep(0.2)
+        return right(*arguments)
+
+    monkeypatch.setattr(numerics, "results", slow)
+    assert run(tmp_path, "task=op_forward")[0].compile_s > 0.15
 
 
 def test_decoding_says_what_it_holds(tmp_path):

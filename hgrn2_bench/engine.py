@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +21,7 @@ from hgrn2_bench import matching, measure, provenance, registry
 from hgrn2_bench.cells import CellFolder, replace_file
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.model import SequenceModel
-from hgrn2_bench.ops.autotune import thoroughness
+from hgrn2_bench.ops.tuned import thoroughness
 from hgrn2_bench.plan import Cell, Description, versions
 from hgrn2_bench.protocol import Metric
 from hgrn2_bench.results import Row
@@ -198,11 +199,35 @@ def run_cell(
         status, reason = outcome_of(error)
         replace_file(folder.path / "error.txt", traceback.format_exc())
     rows = make_rows(cell, metrics, status, reason, facts)
-    if cell.device == "cuda":
-        with contextlib.suppress(RuntimeError):  # a GPU that refuses all work; other workers of a sound one may need the memory
-            torch.cuda.empty_cache()
+    free_memory(cell)
     folder.finish(rows)
     return rows
+
+
+def free_memory(cell: Cell) -> None:
+    """Give back the GPU's memory that a cell no longer uses: other workers may need it."""
+    if cell.device == "cuda":
+        with contextlib.suppress(RuntimeError):  # a GPU that refuses all work
+            torch.cuda.empty_cache()
+
+
+def rehearse(cell: Cell) -> None:
+    """Launch every kernel that a run of the cell launches, and keep nothing: a training step on each shape of batch, then the evaluation.
+
+    The batches are the cell's own: Triton compiles anew where a size becomes 1 or a multiple of 16, and tunes norms by the number of rows.
+    """
+    model = build(cell)
+    runner = runner_class(cell)(cell)
+    model = model.to(cell.device).train()
+    trainer = Trainer(model, runner, cell.train, CellFolder(Path(), cell), cell.device, cell.dtype)  # which nothing is written to
+    seen: set[tuple[torch.Size, ...]] = set()
+    for step in range(runner.steps_per_epoch):
+        batch = runner.batch(step)
+        shapes = tuple(tensor.shape for tensor in batch)
+        if shapes not in seen:
+            seen.add(shapes)
+            trainer.steps(batch, cell.train.lr)
+    runner.report(model.eval())
 
 
 def outcome_of(error: Exception) -> tuple[str, str]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.ops import autotune
+from hgrn2_bench.ops import autotune, tuned
 from hgrn2_bench.ops.chunked import softmax as softmax  # torch's own attention kernel on every backend
 from hgrn2_bench.ops.families import (
     DecayInputs,
@@ -251,6 +251,7 @@ def _kernel(inputs: OpInputs) -> Callable[..., Any]:
 @functools.cache
 def _function(module: str, name: str) -> Callable[..., Any]:
     """A function of fla, which is imported here, at the first call, because that takes 8 seconds."""
+    tuned.point()  # fla reads its environment when it is imported
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
@@ -258,7 +259,14 @@ def _function(module: str, name: str) -> Callable[..., Any]:
             raise
         raise ConfigError("CUDA runs need fla: pip install flash-linear-attention, or pass backend=chunked") from error
     autotune.cut()
+    tuned.fill()
     return found
+
+
+def load() -> None:
+    """Import fla with all its kernels. ConfigError where it is not installed."""
+    for entry in _KERNELS:
+        _kernel(entry)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -109,6 +109,19 @@ def run(
     sys.exit(0 if planned.is_well and whole else 1)
 
 
+@app.command(name="warm")
+def warm_command(
+    words: Annotated[list[str], typer.Argument(help="key=value words as in run")],
+    workers: Annotated[int, typer.Option(help="Worker processes; 0 for one per core, as the GPU's memory allows.", min=0)] = 0,
+) -> None:
+    """Compile and tune the GPU kernels of a plan ahead of its run, in parallel over the host's cores."""
+    from hgrn2_bench.warm import warm
+
+    with _stoppable():
+        well = warm(words, workers)
+    sys.exit(0 if well else 1)
+
+
 @contextlib.contextmanager
 def _stoppable() -> Iterator[None]:
     """Work that Ctrl-C, or a polite kill (Slurm, timeout), ends with one line and exit code 130."""

@@ -1,8 +1,8 @@
-"""Runs cells in worker processes on this machine. Another executor (Ray, Slurm) offers the same `describe`, `solve`, `run` and `stop`.
+"""Runs cells in worker processes on this machine. Another executor (Ray, Slurm) offers the same methods.
 
-Messages from a worker: ready; described key Description|None fault; solved key Solution; refused key text; progress key step steps
-text; note key text; locked key; interrupted key; done key rows. A worker that dies or overruns sends nothing: its cell becomes `lost`
-with a status and a reason, and another worker writes that down.
+Messages from a worker: ready; described key Description|None fault; solved key Solution; warmed key seconds fault; refused key text;
+progress key step steps text; note key text; locked key; interrupted key; done key rows. A worker that dies or overruns sends nothing: its
+cell becomes `lost` with a status and a reason, and another worker writes that down where the cell was to have rows.
 """
 
 import contextlib
@@ -136,6 +136,19 @@ class LocalExecutor:
             found[event.cell.key] = event.content[0] if event.kind == "solved" else Solution(fault=event.content[1])
         return found
 
+    def warm(self, cells: Sequence[Cell], parts: int) -> Iterator[Event]:
+        """Rehearse cells, each in so many parts (see `ops.autotune.compiling`), or whole in one. ConfigError for an illegal combination."""
+        for event in self._serve([_Order("warm", cell, (part, parts)) for cell in cells for part in range(parts)], None):
+            if event.kind == "refused":
+                raise ConfigError(event.content[0])
+            yield event
+
+    def shrink(self, workers: int) -> None:
+        """Go on with fewer workers; none may be busy."""
+        for each in self.workers[workers:]:
+            each.kill()
+        self.count, self.workers = workers, self.workers[:workers]
+
     def run(self, cells: Sequence[Cell], results: Path, force: bool = False, timeout_s: float | None = None) -> Iterator[Event]:
         """Run cells, yielding every event; cells that another run holds are waited for at the end."""
         yield from self._serve([_Order("run", cell, (results, force, min(self.count, len(cells)))) for cell in cells], timeout_s)
@@ -156,9 +169,9 @@ class LocalExecutor:
     def _serve(self, orders: Sequence[_Order], timeout_s: float | None) -> Iterator[Event]:
         todo = deque(orders)
         not_before = 0.0
-        mine: set[str] = {order.cell.key for order in orders}
-        while mine:
-            while len(self.workers) < min(self.count, len(mine)):
+        left = len(orders)
+        while left:
+            while len(self.workers) < min(self.count, left):
                 busy = [w.gpu for w in self.workers]
                 self.workers.append(_Worker(self.threads, min(range(max(1, cuda_devices())), key=busy.count)))
             if time.monotonic() >= not_before:
@@ -176,7 +189,7 @@ class LocalExecutor:
                     todo.append(_Order("run", event.cell, event.order.rest))
                     not_before = time.monotonic() + LOCK_POLL_S
                 elif event.kind not in RUNNING:
-                    mine.discard(event.cell.key)
+                    left -= 1
                 yield event
 
     def _readable(self) -> list[_Worker]:

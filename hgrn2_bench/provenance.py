@@ -39,16 +39,26 @@ def commit() -> tuple[str, bool]:
 
 
 @functools.cache
-def cuda_devices() -> int:
-    """Number of CUDA devices that the driver shows (CUDA_VISIBLE_DEVICES respected), asked without importing torch."""
+def _driver() -> ctypes.CDLL | None:
+    """NVIDIA's driver, started; None where there is none. Asked directly, because importing torch takes seconds."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return 0
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return 0
-    return count.value
+        return None
+    return driver if driver.cuInit(0) == 0 else None
+
+
+@functools.cache
+def cuda_devices() -> int:
+    """Number of CUDA devices that the driver shows (CUDA_VISIBLE_DEVICES respected)."""
+    driver, count = _driver(), ctypes.c_int(0)
+    return count.value if driver is not None and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+
+
+def cuda_memory() -> int:
+    """Bytes of memory of the first CUDA device; 0 where there is none."""
+    driver, size = _driver(), ctypes.c_size_t(0)
+    return size.value if driver is not None and driver.cuDeviceTotalMem_v2(ctypes.byref(size), 0) == 0 else 0
 
 
 @functools.cache

@@ -1,8 +1,8 @@
 """A worker process: imports torch once, describes and runs cells as it is told, and dies with its parent.
 
-The parent sends (`describe`, cell, probe), (`solve`, cell, free settings), (`run`, cell, results, force, workers), (`record`, cell,
-results, status, reason) or (`stop`,); the worker answers with the messages that `hgrn2_bench.executor` lists. What cells print goes to
-standard error, so that a table can be piped.
+The parent sends (`describe`, cell, probe), (`solve`, cell, free settings), (`warm`, cell, part, parts), (`run`, cell, results, force,
+workers), (`record`, cell, results, status, reason) or (`stop`,); the worker answers with the messages that `hgrn2_bench.executor` lists.
+What cells print goes to standard error, so that a table can be piped.
 """
 
 import contextlib
@@ -70,6 +70,8 @@ def _obey(order: tuple[Any, ...], pipe: Connection, stopping: threading.Event) -
         _describe(cell, key, order[2], pipe)
     elif order[0] == "solve":
         _solve(cell, key, order[2], pipe)
+    elif order[0] == "warm":
+        _warm(cell, key, order[2], order[3], pipe)
     elif order[0] == "run":
         _run(cell, key, order[2:], pipe, stopping)
     else:
@@ -98,6 +100,28 @@ def _solve(cell: Any, key: str, free: tuple[str, ...], pipe: Connection) -> None
         pipe.send(("refused", key, _named(cell, error)))
     except Exception as error:  # a fault of the model's code: its cell will fail and say so
         pipe.send(("solved", key, matching.Solution(fault=engine.outcome_of(error)[1])))
+
+
+def _warm(cell: Any, key: str, part: int, parts: int, pipe: Connection) -> None:
+    from hgrn2_bench import engine
+    from hgrn2_bench.errors import ConfigError
+    from hgrn2_bench.ops import autotune, fla
+
+    began, fault = time.monotonic(), ""
+    try:
+        if cell.backend == "fla":
+            fla.load()
+        with autotune.compiling(part, parts) if parts > 1 else contextlib.nullcontext():
+            engine.rehearse(cell)
+    except ConfigError as error:
+        pipe.send(("refused", key, _named(cell, error)))
+        return
+    except Exception as error:  # its cell will fail in the same way, and say so
+        fault = engine.outcome_of(error)[1]
+    engine.free_memory(cell)
+    pipe.send(("warmed", key, time.monotonic() - began, fault))
+    if fault and engine.device_is_broken(cell):
+        os._exit(1)  # as in `_run`
 
 
 def _named(cell: Any, error: Exception) -> str:

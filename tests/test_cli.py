@@ -53,7 +53,17 @@ def wait_for(condition, timeout=60):
 
 @pytest.mark.parametrize(
     "words",
-    [["list"], ["list", "mqar"], ["list", "hgrn2"], ["--help"], ["run", "--help"], ["check", "--help"], ["compare", "--help"], ["status"]],
+    [
+        ["list"],
+        ["list", "mqar"],
+        ["list", "hgrn2"],
+        ["--help"],
+        ["run", "--help"],
+        ["warm", "--help"],
+        ["check", "--help"],
+        ["compare", "--help"],
+        ["status"],
+    ],
 )
 def test_light_commands_import_neither_torch_nor_fla_nor_pandas(words, tmp_path):
     (tmp_path / "results/local").mkdir(parents=True)
@@ -70,6 +80,12 @@ def test_light_commands_import_neither_torch_nor_fla_nor_pandas(words, tmp_path)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_warm_without_a_gpu_is_one_line_and_exit_code_2(tmp_path):
+    done = bench("warm", "suite=mqar", cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: warm compiles for a GPU; the driver shows none\n"
 
 
 def test_the_words_of_a_preset_are_listed_once_each_and_give_its_cells(tmp_path):

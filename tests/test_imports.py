@@ -65,6 +65,7 @@ LIGHT = (
     "running",
     "doctor",
     "machine",
+    "warm",
 )
 
 

@@ -105,6 +105,10 @@ class Stopwatch(Protocol):
         """Check, warm up and time the model, which is on the cell's device. SkippedError where there is nothing to time."""
         ...
 
+    def rehearse(self, model: Any) -> None:
+        """Launch what `measure` launches, a few times at most."""
+        ...
+
 
 class SkippedError(Exception):
     """A cell that has nothing to run here, and why."""
@@ -212,13 +216,18 @@ def free_memory(cell: Cell) -> None:
 
 
 def rehearse(cell: Cell) -> None:
-    """Launch every kernel that a run of the cell launches, and keep nothing: a training step on each shape of batch, then the evaluation.
+    """Launch every kernel that a run of the cell launches, and keep nothing.
+
+    That is what it times; or a training step on each shape of batch, then the evaluation.
 
     The batches are the cell's own: Triton compiles anew where a size becomes 1 or a multiple of 16, and tunes norms by the number of rows.
     """
     model = build(cell)
     runner = runner_class(cell)(cell)
     model = model.to(cell.device).train()
+    if registry.protocol(cell.suite).speed:
+        runner.rehearse(model)  # type: ignore[attr-defined]
+        return
     trainer = Trainer(model, runner, cell.train, CellFolder(Path(), cell), cell.device, cell.dtype)  # which nothing is written to
     seen: set[tuple[torch.Size, ...]] = set()
     for step in range(runner.steps_per_epoch):

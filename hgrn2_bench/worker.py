@@ -110,7 +110,7 @@ def _warm(cell: Any, key: str, part: int, parts: int, pipe: Connection) -> None:
     began, fault = time.monotonic(), ""
     try:
         if cell.backend == "fla":
-            fla.load()
+            fla.load_all()
         with autotune.compiling(part, parts) if parts > 1 else contextlib.nullcontext():
             engine.rehearse(cell)
     except ConfigError as error:

@@ -14,7 +14,15 @@ FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob(
 HEAVY = {"torch", "fla", "pandas", "scipy", "triton", "transformers", "numpy", "matplotlib"}
 OURS = {
     "ops": ("hgrn2_bench.ops", "hgrn2_bench.errors"),
-    "tables": ("hgrn2_bench.results", "hgrn2_bench.protocol", "hgrn2_bench.render", "hgrn2_bench.lines", "hgrn2_bench.fairness"),
+    "tables": (
+        "hgrn2_bench.results",
+        "hgrn2_bench.protocol",
+        "hgrn2_bench.render",
+        "hgrn2_bench.lines",
+        "hgrn2_bench.fairness",
+        "hgrn2_bench.speeds",
+    ),
+    "speeds": ("hgrn2_bench.results", "hgrn2_bench.protocol", "hgrn2_bench.render", "hgrn2_bench.lines"),
     "lines": ("hgrn2_bench.results", "hgrn2_bench.protocol", "hgrn2_bench.render", "hgrn2_bench.fairness"),
     "fairness": ("hgrn2_bench.results",),
     "figures": (
@@ -29,6 +37,7 @@ OURS = {
     "compare": (
         "hgrn2_bench.fairness",
         "hgrn2_bench.lines",
+        "hgrn2_bench.speeds",
         "hgrn2_bench.tables",
         "hgrn2_bench.results",
         "hgrn2_bench.protocol",
@@ -54,6 +63,7 @@ LIGHT = (
     "results",
     "lines",
     "tables",
+    "speeds",
     "compare",
     "render",
     "published",

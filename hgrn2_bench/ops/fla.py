@@ -9,6 +9,7 @@ Shape letters as in `families`; E is 2D: the real and imaginary parts of D compl
 import functools
 import importlib
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -252,6 +253,8 @@ def _kernel(inputs: OpInputs) -> Callable[..., Any]:
 def _function(module: str, name: str) -> Callable[..., Any]:
     """A function of fla, which is imported here, at the first call, because that takes 8 seconds."""
     tuned.point()  # fla reads its environment when it is imported
+    for other in ("FLA_TILELANG", "FLA_FLASH_QLA"):  # packages whose kernels fla would take instead of those that a row names
+        os.environ.setdefault(other, "0")
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:
@@ -263,10 +266,10 @@ def _function(module: str, name: str) -> Callable[..., Any]:
     return found
 
 
-def load() -> None:
+def load_all() -> None:
     """Import fla with all its kernels. ConfigError where it is not installed."""
-    for entry in _KERNELS:
-        _kernel(entry)
+    for module, name in (*_KERNELS.values(), *_TOKEN_KERNELS.values()):
+        _function(module, name)
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -185,7 +185,7 @@ def main() -> None:
     here = installed()
     if here["gpu"] == "cpu":
         parser.error("torch sees no GPU, and which configurations a kernel has depends on it")
-    fla.load()
+    fla.load_all()
     chosen, left_out = choose(timings(cache), list(autotune.autotuners()))
     for line in left_out:
         print(f"left out: {line}")

@@ -3,6 +3,7 @@
 Shape letters: B sequences, T time, D width, V vocabulary.
 """
 
+import contextlib
 import functools
 import math
 import time
@@ -111,6 +112,12 @@ class Runner:
             *self._peak(),
         ]
         return Measured(metrics, timed.median, self._compile_s(timed), rate, details)
+
+    def rehearse(self, model: SequenceModel) -> None:
+        """Launch everything that `measure` launches, a few times; where there is nothing to time, nothing."""
+        self.config = replace(self.config, sample_s=1e-3, warm_up_s=1e-3)
+        with contextlib.suppress(SkippedError):
+            self.measure(model)
 
     def _gate(self, model: SequenceModel) -> tuple[float | None, str]:
         """The relative error of the recurrence as this model feeds it; ValueError where it is too large to be the same function."""

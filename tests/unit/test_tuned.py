@@ -212,7 +212,7 @@ FLAS_OWN = """
     from hgrn2_bench.ops import autotune, fla, tuned
 
     cache, folder = map(Path, sys.argv[1:])
-    fla.load()
+    fla.load_all()
     from fla.ops.utils import cache as flas
 
     kernels = {tuner.base_fn.__name__: tuner for tuner in autotune.autotuners()}

@@ -43,8 +43,8 @@ class Shape:
     """Tokens of a full step; the mean where steps differ."""
 
 
-class Runner(TrainableTask, Protocol):
-    """What a suite's `runner.py` offers as its class `Runner`: one cell's data, loss and metrics."""
+class CellRunner(Protocol):
+    """What every suite's `runner.py` offers as its class `Runner`: one cell's data and model."""
 
     data_hash: str
     truncated: int
@@ -55,13 +55,17 @@ class Runner(TrainableTask, Protocol):
 
     @staticmethod
     def shape(cell: Cell) -> Shape:
-        """The task's size."""
+        """The task's size; where something is timed its batch counts as one epoch of one step."""
         ...
 
     @staticmethod
     def build(cell: Cell) -> SequenceModel:
         """The untrained model on the CPU, its weights drawn from torch's global generator."""
         ...
+
+
+class Runner(TrainableTask, CellRunner, Protocol):
+    """Of a suite that trains: also its loss and metrics."""
 
     def report(self, model: Any) -> Sequence[Metric]:
         """Every metric of the trained model on the validation split, on the test split, and on any further one; the primary ones first."""
@@ -81,25 +85,8 @@ class Measured:
     details: Mapping[str, Any]
 
 
-class Stopwatch(Protocol):
-    """What the `Runner` of a suite that times (`Protocol.speed`) offers instead of data, loss and metrics."""
-
-    data_hash: str
-    truncated: int
-    skipped: int
-
-    def __init__(self, cell: Cell) -> None:
-        """Touches no global random state and knows no model."""
-
-    @staticmethod
-    def shape(cell: Cell) -> Shape:
-        """The size of what is timed: one batch is one epoch of one step."""
-        ...
-
-    @staticmethod
-    def build(cell: Cell) -> SequenceModel:
-        """The model on the CPU, its weights drawn from torch's global generator."""
-        ...
+class Stopwatch(CellRunner, Protocol):
+    """Of a suite that times (`Protocol.speed`): what it does instead of training."""
 
     def measure(self, model: Any) -> Measured:
         """Check, warm up and time the model, which is on the cell's device. SkippedError where there is nothing to time."""

@@ -182,7 +182,7 @@ def test_writing_leaves_no_file_made_before(shipped):
 
 @pytest.mark.parametrize("tried", [(16, 32), (16,)])
 def test_the_maker_writes_the_folder_of_this_gpu_or_says_why_not(tried, shipped, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(fla, "load", lambda: None)
+    monkeypatch.setattr(fla, "load_all", lambda: None)
     monkeypatch.setattr(autotune, "autotuners", lambda: iter([tuner([config(16), config(32)])]))
     monkeypatch.setattr(sys, "argv", ["tuned", str(tmp_path / "cache")])
     (tmp_path / "cache").mkdir()

@@ -93,6 +93,8 @@ class Runner:
 
     def measure(self, model: SequenceModel) -> Measured:
         """Check and time; `timing.MeasuringFaultError` for what the device cannot have done."""
+        if self.device == "cuda" and "fla" not in model.mixers[0].backends:
+            raise SkippedError(f"{self.cell.model} has no Triton kernel here: plain PyTorch's speed would say nothing about it")
         gpu = provenance.gpu_state(str(torch.cuda.get_device_properties().uuid)) if self.device == "cuda" else {}
         error, worst = self._gate(model)
         kind = self.config.kind

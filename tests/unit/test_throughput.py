@@ -167,6 +167,14 @@ def test_a_model_without_a_recurrence_is_skipped_with_the_reason(tmp_path):
     assert (row.status, row.reason) == ("skipped", "base_conv has no recurrence: time its layer")
 
 
+def test_a_model_without_a_kernel_has_no_speed_on_a_gpu():
+    (cell,) = cells("task=layer", model="mamba")
+    timed = runner.Runner(cell)
+    timed.device = "cuda"
+    with pytest.raises(engine.SkippedError, match="mamba has no Triton kernel here"):
+        timed.measure(engine.build(cell))
+
+
 def test_inputs_of_the_recurrence_are_tensors_of_their_own(monkeypatch):
     (cell,) = cells("task=op", model="retnet")
     model = engine.build(cell)

@@ -60,7 +60,7 @@ class CellRunner(Protocol):
 
     @staticmethod
     def build(cell: Cell) -> SequenceModel:
-        """The untrained model on the CPU, its weights drawn from torch's global generator."""
+        """The untrained model, its weights drawn from torch's global generator: on the CPU, or where a timed cell runs."""
         ...
 
 

@@ -140,11 +140,11 @@ SMOKE = Preset(
 
 SHORT = Preset(
     summary="one GPU: recurrence at 32k tokens and T = 512 to 65,536, a 340M training step, decoding at 1k to 64k, two repeats",
-    source="ours: d=1024, 24 layers (340M), batches of 32,768 tokens",
+    source="ours: d=1024, 24 layers (340M), batches of 32,768 tokens, to train 16,384",
     words=(MODELS, *LANGUAGE_MODEL, *PAIR, "num_layers=24", "seed=0,1", "dtype=bfloat16"),
     tasks={
         "op": task("op", LENGTHS, "num_layers=1"),
-        "train": task("train", "seq_len=2048,8192"),
+        "train": task("train", "seq_len=2048,8192", "tokens=16384"),
         "decode": task("decode", "seq_len=1024,4096,16384,65536"),
         "memory": task("memory", "seq_len=1024,4096,16384,65536"),
     },
@@ -158,9 +158,9 @@ PAPER = Preset(
         "op": task("op", f"{LENGTHS},131072", "num_layers=1"),
         "op_forward": task("op", f"{LENGTHS},131072", "num_layers=1", "passes=forward"),
         "layer": task("layer", f"{LENGTHS},131072", "num_layers=1", "compile=false,true"),
-        "train": task("train", "seq_len=2048,8192,32768", "compile=false,true"),
-        "train_130m": task("train", "seq_len=2048,8192,32768", "d_model=768", "num_layers=12", "attention.num_heads=6,12"),
-        "train_1300m": task("train", "seq_len=2048,8192", "d_model=2048", "num_layers=24", "attention.num_heads=16,32"),
+        "train": task("train", "tokens=16384", "seq_len=2048,8192,16384", "compile=false,true"),
+        "train_130m": task("train", "tokens=16384", "seq_len=2048,8192,16384", "d_model=768", "num_layers=12", "attention.num_heads=6,12"),
+        "train_1300m": task("train", "tokens=16384", "seq_len=2048,8192", "d_model=2048", "num_layers=24", "attention.num_heads=16,32"),
         "prefill": task("prefill", LENGTHS),
         "decode": task("decode", "seq_len=1024,4096,16384,65536", "graph=true,false"),
         "decode_batch": task("decode", "seq_len=1024,4096,16384", "batch=16"),

@@ -85,11 +85,11 @@ class Runner:
 
     @staticmethod
     def build(cell: Cell) -> SequenceModel:
-        """The model of a cell, on the CPU; of the recurrence and the layer only the first mixer is used."""
+        """The model of a cell, made where it runs: a billion numbers take the CPU a minute. Of op and layer only the first mixer is used."""
         config: ThroughputConfig = cell.data
-        return SequenceModel(
-            cell.model_config, registry.load(cell.model_ref), cell.settings, cell.backend, config.vocab_size, config.seq_len + 1
-        )
+        mixer = registry.load(cell.model_ref)
+        with torch.device(cell.device):
+            return SequenceModel(cell.model_config, mixer, cell.settings, cell.backend, config.vocab_size, config.seq_len + 1)
 
     def measure(self, model: SequenceModel) -> Measured:
         """Check and time; `timing.MeasuringFaultError` for what the device cannot have done."""

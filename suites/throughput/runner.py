@@ -85,7 +85,7 @@ class Runner:
 
     @staticmethod
     def build(cell: Cell) -> SequenceModel:
-        """The model of a cell, made where it runs: a billion numbers take the CPU a minute. Of op and layer only the first mixer is used."""
+        """The model of a cell, made where it runs, since a billion numbers take the CPU a minute; op and layer use its first mixer."""
         config: ThroughputConfig = cell.data
         mixer = registry.load(cell.model_ref)
         with torch.device(cell.device):

@@ -449,7 +449,7 @@ def test_the_newest_run_of_a_cell_counts():
 
 def test_speed_suites_split_by_device_name():
     rows = [*run(0.9, device_name="H100"), *run(0.8, device_name="A100", model="gla")]
-    tables = make_tables(rows, protocol(speed=True))
+    tables = make_tables(rows, protocol(speed=True, across="d_model"))
     assert [len(table.lines) for table in tables] == [1, 1]
     assert all(noted(table, "another protocol version, precision or device") for table in tables)
 

@@ -56,23 +56,18 @@ def pytest_benchmark_compare_machine_info(config, benchmarksession, machine_info
 
 @pytest.fixture
 def hold_speed(request, benchmark):
-    """`hold_speed(call)` runs it once; under `--speed-baseline` it records its speed, or fails where it is slower than the baseline."""
+    """`hold_speed(make)` runs what `make()` builds; with `--speed-baseline` it records the speed, or fails where it is below the baseline."""
     mode, device = request.config.getoption("speed_baseline", None), guard.machine()["device"]
 
-    def hold(call):
-        benchmark.pedantic(call, rounds=guard.ROUNDS, warmup_rounds=2)
+    def hold(make):
+        benchmark.pedantic(make(), rounds=guard.ROUNDS, warmup_rounds=2)
         if not mode:
             return
-        yardstick = guard.calibration(guard.device())
-
-        def measure():
-            return guard.ratio(call, yardstick, guard.BASELINE_ROUNDS)
-
         if mode == "record":
-            benchmark.extra_info["ratios"] = [measure()]
+            benchmark.extra_info["ratios"] = [guard.calibrated(make)]
             return
         baseline = stored(request.node.nodeid, device)
-        slower = guard.alarm(measure, baseline)
+        slower = guard.alarm(lambda: guard.calibrated(make), baseline)
         assert not slower, f"slower than before: {', '.join(f'{x:.3f}' for x in slower)} times the calibration; {baseline}"
 
     return hold

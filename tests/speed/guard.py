@@ -23,7 +23,7 @@ Call = Callable[[], object]
 FOLDER = Path(__file__).parents[2] / "results" / "speed"
 THREADS = 1
 ROUNDS = 12
-BASELINE_ROUNDS = 60
+PARTS, PART_ROUNDS = 5, 24
 ATTEMPTS = 3
 """A measurement above its limit is repeated: an alarm is one that stays above it this many times."""
 LEAST_RUNS = 5
@@ -50,16 +50,33 @@ def seconds(call: Call) -> float:
     return clock() - start
 
 
-def ratio(call: Call, other: Call, rounds: int = ROUNDS) -> float:
-    """The lower quartile of time(call) / time(other) over rounds that swap the order, after two rounds of warm-up."""
-    ratios = []
+def ratios(call: Call, other: Call, rounds: int) -> list[float]:
+    """time(call) / time(other) of rounds that swap the order, after two rounds of warm-up."""
+    found = []
     for turn in range(rounds + 2):
         if turn % 2:
             first, second = seconds(call), seconds(other)
         else:
             second, first = seconds(other), seconds(call)
-        ratios.append(first / second)
-    return sorted(ratios[2:])[rounds // 4]
+        found.append(first / second)
+    return found[2:]
+
+
+def lower_quartile(values: Sequence[float]) -> float:
+    return sorted(values)[len(values) // 4]
+
+
+def ratio(call: Call, other: Call, rounds: int = ROUNDS) -> float:
+    return lower_quartile(ratios(call, other, rounds))
+
+
+def calibrated(make: Callable[[], Call]) -> float:
+    """Lower quartile of time / time of the calibration over PARTS times PART_ROUNDS rounds, each part on inputs of its own.
+
+    Where buffers happen to lie changes a time by percents; parts halved the difference between processes.
+    """
+    parts = (ratios(make(), calibration(device()), PART_ROUNDS) for _ in range(PARTS))
+    return lower_quartile([x for part in parts for x in part])
 
 
 def calibration(device: str) -> Call:

@@ -22,5 +22,5 @@ GUARDED = GPU_CASES if GPU else CPU_CASES | {"selective_scan": partial(selective
 
 @pytest.mark.parametrize("family", GUARDED)
 def test_recurrence(hold_speed, family):
-    torch.manual_seed(0)
-    hold_speed(training_step(GUARDED[family](), "fla" if GPU else "chunked", guard.device(), gpu_dtype(family) if GPU else torch.float32))
+    backend, dtype = ("fla", gpu_dtype(family)) if GPU else ("chunked", torch.float32)
+    hold_speed(lambda: training_step(GUARDED[family](), backend, guard.device(), dtype))

@@ -46,7 +46,7 @@ def test_the_order_of_two_functions_swaps_every_round():
 def test_ten_percent_more_work_is_a_ratio_ten_percent_higher_whatever_else_runs(monkeypatch, bursts):
     fake = FakeTime(monkeypatch, bursts)
     calibration = fake.costs(1.0)
-    assert ratio(fake.costs(2.2), calibration, rounds=60) == pytest.approx(1.1 * ratio(fake.costs(2.0), calibration, rounds=60))
+    assert ratio(fake.costs(2.2), calibration, rounds=120) == pytest.approx(1.1 * ratio(fake.costs(2.0), calibration, rounds=120))
 
 
 def test_a_planted_slowdown_of_ten_percent_is_an_alarm_and_unchanged_runs_are_none(monkeypatch):
@@ -55,7 +55,7 @@ def test_a_planted_slowdown_of_ten_percent_is_an_alarm_and_unchanged_runs_are_no
     calibration = fake.costs(1.0)
 
     def run(cost):
-        return ratio(fake.costs(cost * rng.gauss(1, 0.01)), calibration, rounds=guard.BASELINE_ROUNDS)
+        return ratio(fake.costs(cost * rng.gauss(1, 0.01)), calibration, rounds=guard.PARTS * guard.PART_ROUNDS)
 
     baseline = Baseline(tuple(run(2.0) for _ in range(10)))
     assert baseline.limit < 2.2 * 0.98
@@ -150,8 +150,8 @@ def test_a_kernel_that_is_only_launched_counts_in_full():
 
 def run_pytest(root, values, mode):
     """Run tests whose ratios to the calibration are `values` in a process of its own, under --speed-baseline=`mode`."""
-    lines = ["import guard", "guard.ratio = lambda call, other, rounds: call()"]
-    lines += [f"def test_{name}(hold_speed):\n    hold_speed(lambda: {value})" for name, value in values.items()]
+    lines = ["import guard", "guard.calibrated = lambda make: make()()"]
+    lines += [f"def test_{name}(hold_speed):\n    hold_speed(lambda: lambda: {value})" for name, value in values.items()]
     (root / "tests/speed/test_mine.py").write_text("\n".join(lines))
     words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/speed", f"--speed-baseline={mode}"]
     environment = os.environ | {"PYTHONPATH": str(Path(hgrn2_bench.__file__).parents[1]), "PYTEST_ADDOPTS": ""}

@@ -156,11 +156,11 @@ def with_earlier_runs(now: dict[str, Any], file: Path) -> None:
     now["benchmarks"] += [b for b in json.loads(file.read_text())["benchmarks"] if b["fullname"] in old]
 
 
-def alarm(measure: Callable[[], float], baseline: Baseline) -> Sequence[float]:
+def alarm(measure: Callable[[], float], limit: float) -> Sequence[float]:
     """The ratios measured where each of ATTEMPTS was above the limit; empty as soon as one was not: noise adds time, it takes none away."""
     found: list[float] = []
     while len(found) < ATTEMPTS:
-        if (now := measure()) <= baseline.limit:
+        if (now := measure()) <= limit:
             return ()
         found.append(now)
     return found

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -59,15 +58,15 @@ def test_a_planted_slowdown_of_ten_percent_is_an_alarm_and_unchanged_runs_are_no
 
     baseline = Baseline(tuple(run(2.0) for _ in range(10)))
     assert baseline.limit < 2.2 * 0.98
-    assert not any(alarm(lambda: run(2.0), baseline) for _ in range(300))
-    assert all(alarm(lambda: run(2.2), baseline) for _ in range(100))
+    assert not any(alarm(lambda: run(2.0), baseline.limit) for _ in range(300))
+    assert all(alarm(lambda: run(2.2), baseline.limit) for _ in range(100))
 
 
 def test_an_alarm_is_a_measurement_that_stays_above_the_limit():
     slow = [2.3, 2.2, 2.4]
-    assert alarm(iter(slow).__next__, QUIET) == slow
-    assert alarm(iter([2.3, 2.2, 2.05]).__next__, QUIET) == ()
-    assert alarm(iter([QUIET.limit]).__next__, QUIET) == ()
+    assert alarm(iter(slow).__next__, QUIET.limit) == slow
+    assert alarm(iter([2.3, 2.2, 2.05]).__next__, QUIET.limit) == ()
+    assert alarm(iter([QUIET.limit]).__next__, QUIET.limit) == ()
 
 
 def test_limits_come_from_the_noise_of_each_test():
@@ -148,13 +147,14 @@ def test_a_kernel_that_is_only_launched_counts_in_full():
     assert took > 0.03
 
 
-def run_pytest(root, values, mode):
-    """Run tests whose ratios to the calibration are `values` in a process of its own, under --speed-baseline=`mode`."""
+def run_pytest(root, values, *options):
+    """Run tests whose ratios to the calibration are `values` in a process of its own."""
     lines = ["import guard", "guard.calibrated = lambda make: make()()"]
     lines += [f"def test_{name}(hold_speed):\n    hold_speed(lambda: lambda: {value})" for name, value in values.items()]
     (root / "tests/speed/test_mine.py").write_text("\n".join(lines))
-    words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/speed", f"--speed-baseline={mode}"]
-    environment = os.environ | {"PYTHONPATH": str(Path(hgrn2_bench.__file__).parents[1]), "PYTEST_ADDOPTS": ""}
+    words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/speed", *options]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    environment["PYTHONPATH"] = str(Path(hgrn2_bench.__file__).parents[1])
     return subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
 
 
@@ -168,11 +168,15 @@ def test_a_run_is_recorded_and_a_later_one_fails_where_it_is_slower(tmp_path):
     file.parent.mkdir(parents=True)
     earlier = {f"tests/speed/test_mine.py::test_{name}": [1.0] * 4 for name in ("same", "slower")}
     file.write_text(json.dumps(report(earlier, guard.machine()["device"])))
-    recorded = run_pytest(tmp_path, {"same": 1.0, "slower": 1.0}, "record")
+    recorded = run_pytest(tmp_path, {"same": 1.0, "slower": 1.0}, "--speed-baseline=record")
     assert recorded.returncode == 0, recorded.stdout + recorded.stderr
-    compared = run_pytest(tmp_path, {"same": 1.0, "slower": 1.1, "new": 1.0}, "compare")
+    compared = run_pytest(tmp_path, {"same": 1.0, "slower": 1.1, "new": 1.0}, "--speed-baseline")
     assert compared.returncode == 1, compared.stdout + compared.stderr
-    assert re.search(r"1 failed, 1 passed, 1 skipped", compared.stdout)
+    assert "1 failed, 1 passed, 1 skipped" in compared.stdout
     expected = "slower than before: 1.100, 1.100, 1.100 times the calibration; median 1.000 of 5 runs, noise 0.0%, limit 1.050"
     assert expected in compared.stdout
     assert f"0 runs in {file.name}, 5 needed" in compared.stdout
+    file.write_text(file.read_text().replace(guard.machine()["device"], DEVICE))
+    other = run_pytest(tmp_path, {"same": 1.0}, f"--benchmark-compare={file}", "--benchmark-compare-fail=median:0.000000001")
+    assert other.returncode == 0, other.stdout + other.stderr
+    assert f"Not compared: measured on {DEVICE}, this is" in other.stderr

@@ -1,12 +1,13 @@
 """What must be faster than what, on one thread: two functions take turns, and the limit leaves room for noise and for other processors."""
 
 import math
+import statistics
 from importlib.util import find_spec
 
 import pytest
 import torch
 from cases import CPU_CASES, GPU_CASES, SMALL, decay, gpu_dtype, selective, softmax, training_step
-from guard import ratio
+from guard import alarm, ratio, ratios
 
 from hgrn2_bench import engine
 from hgrn2_bench.cells import CellFolder
@@ -110,6 +111,7 @@ class Bare:
 
 
 def test_the_harness_costs_three_percent_at_most(tmp_path):
+    """By the median: the lower quartile of two equal epochs lies 3 to 5% below 1, more than what is asked."""
     cell = make_plan(WORDS, "cpu").cells[0]
     folder = CellFolder(tmp_path, cell)
     with folder.lock():
@@ -118,5 +120,5 @@ def test_the_harness_costs_three_percent_at_most(tmp_path):
         bare.epoch()
         for ours, theirs in zip(harness.model.parameters(), bare.model.parameters(), strict=True):
             assert torch.equal(ours, theirs)  # it was the same step
-        found = ratio(harness.epoch, bare.epoch, rounds=24)
-    assert found <= 1.03  # seen: 0.97 to 1.01
+        slower = alarm(lambda: statistics.median(ratios(harness.epoch, bare.epoch, rounds=24)), 1.03)
+    assert not slower

@@ -45,6 +45,13 @@ def test_readme_shows_the_kept_tables_of_its_first_command():
         assert line in readme
 
 
+def test_readme_shows_the_kept_table_of_the_recurrence():
+    readme, rows = (ROOT / "README.md").read_text(), find_rows(RESULTS, "throughput")[0]
+    (table,) = make_tables([row for row in rows if row.task == "op_training_4096"], protocol("throughput"))
+    for line in render(table, "md").splitlines():
+        assert line in readme or not line.startswith("|")
+
+
 def test_readme_shows_the_medians_of_preset_short():
     """Model, then accuracy with and without a convolution on the three tasks; for hgrn2 at both forget biases."""
     readme, found = (ROOT / "README.md").read_text(), {}

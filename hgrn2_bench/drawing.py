@@ -113,9 +113,10 @@ def _page(plot: Plot, styles: Mapping[str, Style]) -> "Figure":
     height = top + bottom + (PANEL_HEIGHT + GAP) * size[0] - GAP
     page = Figure(figsize=(width, height))
     FigureCanvasAgg(page)
-    axes = page.subplots(*size, squeeze=False, sharey=True)
+    shared = plot.unit == "fraction"  # speeds of different work do not fit one scale
+    axes = page.subplots(*size, squeeze=False, sharey=shared)
     edges = {"left": LEFT / width, "right": 1 - RIGHT / width, "top": 1 - top / height, "bottom": bottom / height}
-    page.subplots_adjust(**edges, wspace=0.12, hspace=GAP / PANEL_HEIGHT)
+    page.subplots_adjust(**edges, wspace=0.12 if shared else 0.28, hspace=GAP / PANEL_HEIGHT)
     _panels(plot, axes, styles)
     page.text(0.1 / width, 1 - 0.1 / height, "\n".join(title), va="top", fontsize=9.5, weight="bold")
     page.text(0.1 / width, 1 - (0.13 + TITLE_LINE * len(title)) / height, plot.subtitle, va="top", color=GREY)
@@ -157,14 +158,14 @@ def _panels(plot: Plot, axes: Any, styles: Mapping[str, Style]) -> None:
                 ax.set_ylabel(plot.y_label)
             if r == len(plot.grid) - 1:
                 ax.set_xlabel(plot.figure.x_label)
-            _scales(ax, plot)
+            _scales(ax, plot, panel)
             _floors(ax, panel)
             _curves(ax, panel, styles, plot.whole_grid)
             _crosses(ax, panel, styles)
 
 
-def _scales(ax: "Axes", plot: Plot) -> None:
-    """Scales and ticks, the same in all panels; a fraction is always shown from 0 to 1, anything else from its least to its largest."""
+def _scales(ax: "Axes", plot: Plot, panel: Panel) -> None:
+    """Scales and ticks: a fraction is shown from 0 to 1 in all panels, anything else from the panel's least value to its largest."""
     from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
     base = plot.figure.log_x
@@ -185,14 +186,23 @@ def _scales(ax: "Axes", plot: Plot) -> None:
     if plot.unit == "fraction" and not plot.figure.log_y:
         ax.set_ylim(-0.04, 1.04)
         return
-    known = [y for point in plot.points for y in (*point.line.finished, point.published) if y is not None]
+    points = [point for curve in panel.curves for point in curve.points]
+    known = [y for point in points for y in (*point.line.finished, point.published) if y is not None]
     low, high = min(known, default=1.0), max(known, default=1.0)
     if plot.figure.log_y:
         ax.set_yscale("log")
         ax.set_ylim(low / 1.5, high * 1.5)
+        ax.yaxis.set_major_formatter(lambda y, _: _prefixed(y))
+        ax.yaxis.set_minor_formatter((lambda y, _: _prefixed(y)) if high / low < 10 else NullFormatter())
     else:
         gap = MARGIN * (high - low or abs(high) or 1.0)
         ax.set_ylim(low - gap, high + gap)
+
+
+def _prefixed(value: float) -> str:
+    """`300µ`, `20m`, `41.2k`: three digits and the prefix of a unit."""
+    small = next(((factor, letter) for factor, letter in ((1e3, "m"), (1e6, "µ")) if value * factor >= 0.9995), None)
+    return count(value) if value >= 1 or small is None else f"{value * small[0]:.3g}{small[1]}"
 
 
 def _floors(ax: "Axes", panel: Panel) -> None:

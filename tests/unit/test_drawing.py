@@ -1,6 +1,7 @@
 """Figures on paper: files, the same bytes again, one line per curve, looks that tell curves apart."""
 
 import csv
+import dataclasses
 import itertools
 
 import pytest
@@ -68,6 +69,22 @@ def test_every_panel_has_one_line_per_curve_in_its_place(figure):
             assert list(line.get_xdata()) == [point.x for point in curve.points]
             drawn = [y for y in line.get_ydata() if y == y]
             assert drawn == [point.median for point in curve.points if point.learned]
+
+
+@pytest.mark.parametrize("log_y", [True, False])
+def test_what_is_no_fraction_fits_a_scale_of_its_own_in_each_panel(log_y):
+    slow, fast = (("len64_kv4", 3e-4), ("len128_kv8", 5e3))
+    rows = [
+        each
+        for (task, scale), d, model in itertools.product((slow, fast), (64, 128), ("gla", "hgrn2"))
+        for each in cell(scale * d, settings={"d_model": d}, model=model, task=task, unit="s")
+    ]
+    axes = [ax for ax in page_of(only(rows, dataclasses.replace(WIDTH, log_y=log_y))).axes if ax.axison]
+    for ax, scale in zip(axes, (3e-4, 5e3), strict=True):
+        low, high = ax.get_ylim()
+        assert low < 64 * scale < 128 * scale < high < 1000 * scale
+    if log_y:
+        assert [ax.yaxis.get_major_formatter()(value) for ax, value in zip(axes, (3e-2, 5e5), strict=True)] == ["30m", "500k"]
 
 
 def test_an_empty_place_of_the_grid_stays_blank():

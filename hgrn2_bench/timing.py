@@ -7,6 +7,7 @@ launches, unless launching takes longer. On a CPU the wall clock counts. Callers
 import functools
 import itertools
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -151,7 +152,7 @@ class MeasuringFaultError(Exception):
 
 def check_plausible(flops: float, nbytes: float, seconds: float, device_name: str) -> None:
     """MeasuringFaultError where FLOP/s or bytes/s exceed the data sheet by more than 5%; a device that is not listed passes."""
-    peak = next((value for name, value in PEAKS.items() if name in device_name), None)
+    peak = next((value for name, value in PEAKS.items() if re.search(rf"{name}\b", device_name)), None)  # an L40 is no L4
     if peak is None:
         return
     for amount, most, unit in ((flops, peak[0], "TFLOP/s"), (nbytes, peak[1], "TB/s")):

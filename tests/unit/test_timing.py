@@ -95,6 +95,7 @@ def test_what_the_device_cannot_do_is_refused(flops, nbytes, word):
 def test_what_the_device_can_do_passes():
     check_plausible(1.03e15, 3.4e12, 1.0, "NVIDIA H100 80GB HBM3")
     check_plausible(1e30, 1e30, 1.0, "a device that is not listed")
+    check_plausible(1.0, 0.8e12, 1.0, "NVIDIA L40")  # no L4
 
 
 def test_the_more_exact_name_of_a_card_wins():

@@ -32,12 +32,13 @@ class ThroughputConfig:
     """On a GPU: replay a training step or a decoding step as one CUDA graph."""
     vocab_size: int = 32_000
     sample_s: float = 0.5
-    """Seconds that a sample takes at least where single calls are short."""
+    """Seconds of a sample, as far as 5 to 200 calls can fill them."""
     warm_up_s: float = 10.0
     """Longest warm-up; a cell that is not steady by then says so."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "tokens", "batch"):
+        require(self.seq_len >= 2, f"seq_len={self.seq_len} must be at least 2")
+        for name in ("tokens", "batch"):
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         require(self.vocab_size >= 2, f"vocab_size={self.vocab_size} must be at least 2")
         for name in ("sample_s", "warm_up_s"):

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ from hgrn2_bench.steps import Batch, Steps
 from hgrn2_bench.timing import Call, Timing
 from hgrn2_bench.trainer import make_optimizer
 from suites.throughput.protocol import ThroughputConfig
+
+Given = TypeVar("Given")
 
 GATE_TOKENS = 200
 """Tokens of the sequence on which the kernel is compared with `reference` before it is timed."""
@@ -93,18 +95,24 @@ class Runner:
 
     def measure(self, model: SequenceModel) -> Measured:
         """Check and time; `timing.MeasuringFaultError` for what the device cannot have done."""
-        if self.device == "cuda" and "fla" not in model.mixers[0].backends:
+        if self.device == "cuda" and any(mixer.family and "fla" not in mixer.backends for mixer in model.mixers):
             raise SkippedError(f"{self.cell.model} has no Triton kernel here: plain PyTorch's speed would say nothing about it")
+        kind = self.config.kind
+        if kind in ("op", "layer") and any(mixer.label for mixer in model.mixers):
+            raise SkippedError(f"the layers of {self.cell.model} differ here: time each part as a model, or train, prefill and decode")
         gpu = provenance.gpu_state(str(torch.cuda.get_device_properties().uuid)) if self.device == "cuda" else {}
         error, worst = self._gate(model)
-        kind = self.config.kind
+        if kind != "memory":
+            timing.ceilings(self.device, self.dtype)  # now: while the work holds its memory there may be none left for them
         if kind in ("decode", "memory"):
             return self._decoding(model, {"relative_error": error, "gpu": gpu})
         tokens = self.config.sequences * self.config.seq_len
         work: dict[str, Callable[[SequenceModel], tuple[Sequence[Call], float | None, int]]]
         work = {"op": self._op, "layer": self._layer, "train": self._train, "prefill": self._prefill}
         calls, flops, nbytes = work[kind](model)
-        timed = timing.time_calls(calls, self.device, self.config.sample_s, self.config.warm_up_s)
+        if kind != "train":
+            self._cold(calls[0], 1)
+        timed = self._timed(calls)
         rate = tokens / timed.median
         details = {"relative_error": error, "worst": worst, "gpu": gpu, "inputs": len(calls), "mode": self.mode()}
         details |= self._account(timed, flops, nbytes) | ({"chunk_extra": self.chunk_extra} if self.chunk_extra else {})
@@ -121,14 +129,27 @@ class Runner:
         with contextlib.suppress(SkippedError):
             self.measure(model)
 
+    def _timed(self, calls: Sequence[Call]) -> Timing:
+        """Time calls that have run before: from here on the peak is theirs, and not that of the check or of kernels that tune."""
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        return timing.time_calls(calls, self.device, self.config.sample_s, self.config.warm_up_s)
+
     def _gate(self, model: SequenceModel) -> tuple[float | None, str]:
-        """The relative error of the recurrence as this model feeds it; ValueError where it is too large to be the same function."""
-        mixer = model.mixers[0]
-        if not mixer.family:
-            return None, ""
+        """The largest relative error of the recurrences as this model feeds them, one of each kind of layer."""
+        first = {mixer.label: mixer for mixer in reversed(model.mixers) if mixer.family}
+        found = [self._checked(model, mixer) for mixer in first.values()]
+        return max(found) if found else (None, "")
+
+    def _checked(self, model: SequenceModel, mixer: Mixer) -> tuple[float, str]:
+        """The relative error of one recurrence; ValueError where it is too large to be the same function.
+
+        Without the skip term, beside which an error of the kernel may be small.
+        """
         T = min(self.config.seq_len, GATE_TOKENS)
         with self._autocast():
-            inputs = detached(mixer.project(self._random(1, T, model.config.d_model), Context(shared=model.shared())))
+            projected = mixer.project(self._random(1, T, model.config.d_model), Context(shared=model.shared()))
+        inputs = replace(detached(projected), skip=None)  # type: ignore[type-var]
         trains = self.config.kind == "train" or (self.config.kind in ("op", "layer") and self.config.passes == "training")
         self._cold(lambda: numerics.results(inputs, self.cell.backend, trains), 1)
         error, worst = numerics.relative_error(inputs, self.cell.backend, trains)
@@ -147,7 +168,7 @@ class Runner:
             nbytes = timing.tensor_bytes(*numerics.tensors(first).values())
             more = range(timing.copies_beyond_cache(nbytes, self.device) - 1)
             sets = [first, *(detached(mixer.project(self._random(*shape), Context(shared=model.shared()))) for _ in more)]
-            o_bytes = families.run(first, self.cell.backend)[0].nbytes
+            o_bytes = self._cold(lambda: families.run(first, self.cell.backend)[0], 1).nbytes
         flops = mixer.op_flops(self.config.seq_len)
         tokens = self.config.sequences * self.config.seq_len
         self.chunk_extra = flops and chunk_extra(first) / flops
@@ -179,13 +200,14 @@ class Runner:
         mixer = model.mixers[0]
         flops = self._layer_flops(mixer)
         if self.config.compile:
+            self._forget_compiled()
             mixer.compile()
         shape = (self.config.sequences, self.config.seq_len, model.config.d_model)
         shared = {name: x.detach() for name, x in model.shared().items()}
         training = self.config.passes == "training"
         nbytes = 2 * math.prod(shape) * itemsize(self.cell)
         xs = [self._random(*shape).requires_grad_(training) for _ in range(timing.copies_beyond_cache(nbytes, self.device))]
-        do, weights = self._random(*shape), list(mixer.parameters())
+        do, weights = self._random(*shape).to(self.dtype), list(mixer.parameters())
 
         def forward(x_BTD: Tensor) -> Tensor:
             with self._autocast(), torch.set_grad_enabled(training):
@@ -210,6 +232,7 @@ class Runner:
     def _train(self, model: SequenceModel) -> tuple[Sequence[Call], float | None, int]:
         B, T = self.config.sequences, self.config.seq_len
         if self.config.compile:
+            self._forget_compiled()
             model.compile()
         optimizer = make_optimizer(model.train(), self.cell.train, self.device)
         graph = self.config.graph and self.device == "cuda"
@@ -217,7 +240,7 @@ class Runner:
         tokens = self._tokens(B, T + 1)
         where = torch.arange(B * T, device=self.device)
         batch: Batch = (tokens[:, :-1].contiguous(), where, tokens[:, 1:].flatten())
-        self._cold(lambda: steps(batch, LEARNING_RATE), steps.warm_steps - 1)
+        self._cold(lambda: steps(batch, LEARNING_RATE), max(1, steps.warm_steps - 1))  # the capture is left: a replay has no peak to see
         self.mode = lambda: steps.mode
         flops = measure.train_flops_per_token(model, T)
         moved = sum(p.nbytes for p in model.parameters()) * OPTIMIZER_PASSES
@@ -226,6 +249,7 @@ class Runner:
     def _prefill(self, model: SequenceModel) -> tuple[Sequence[Call], float | None, int]:
         B, T = self.config.sequences, self.config.seq_len
         if self.config.compile:
+            self._forget_compiled()
             model.compile()
         model = model.to(self.dtype).eval()
         tokens_BT, last = self._tokens(B, T), torch.arange(1, B + 1, device=self.device) * T - 1
@@ -258,9 +282,12 @@ class Runner:
         details |= {"kernel": decoder.kernel.replace(f" {decoder.bucket} ", " all "), "bucket": decoder.bucket}
         if config.kind == "memory":
             call()
+            if self.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                decoder.prefill(self._tokens(B, start))  # again, now that no kernel tunes
             return Measured([held, *self._peak()], None, 0.0, None, details)
-        self._cold(call, decoder.warm_steps - 1)
-        timed = timing.time_calls([call], self.device, config.sample_s, config.warm_up_s)
+        self._cold(call, max(1, decoder.warm_steps - 1))
+        timed = self._timed([call])
         weights = sum(p.nbytes for p in model.blocks.parameters()) + model.head.weight.nbytes
         flops = measure.train_flops_per_token(model, 2 * config.seq_len - 1)  # attention counts the mean context: here all of it
         details |= {"mode": decoder.mode} | self._account(timed, flops and flops / 3 * B, weights + decoder.state_bytes)
@@ -273,15 +300,23 @@ class Runner:
         ]
         return Measured(metrics, timed.median, self._compile_s(timed), rate, details)
 
-    def _cold(self, call: Call, times: int) -> None:
-        """Calls before the timed ones, which compile and tune too."""
+    def _cold(self, call: Callable[[], Given], times: int) -> Given:
+        """Calls before the timed ones, which compile and tune too; what the last of them gave."""
         began = time.perf_counter()
         for _ in range(times):
-            call()
+            given = call()
         if self.device == "cuda":
             torch.cuda.synchronize()
         self.cold_s += time.perf_counter() - began
         self.cold_calls += times
+        return given
+
+    def _forget_compiled(self) -> None:
+        """Drop what torch.compile keeps of earlier cells.
+
+        They share their code: at the second size torch would make it a variable, and at the ninth cell give up and run eagerly.
+        """
+        torch.compiler.reset()
 
     def _compile_s(self, timed: Timing) -> float:
         """Seconds of all first calls beyond usual ones."""

@@ -49,7 +49,7 @@ def test_a_task_is_named_by_what_must_not_mix(words, name):
         ({"kind": "op", "compile": True}, "compile=true has no effect with kind=op"),
         ({"kind": "op", "graph": False}, "graph=false has no effect with kind=op"),
         ({"kind": "op", "batch": 2}, "batch=2 has no effect with kind=op"),
-        ({"seq_len": 0}, "seq_len=0 must be at least 1"),
+        ({"seq_len": 1}, "seq_len=1 must be at least 2"),
         ({"sample_s": 0.0}, "sample_s=0.0 must be positive"),
     ],
 )
@@ -141,6 +141,51 @@ def test_a_kernel_that_computes_something_else_is_not_timed(tmp_path, monkeypatc
     (row,) = run(tmp_path, "task=op_forward")
     assert row.status == "failed"
     assert "not timed: o of the recurrence is off by 0.1" in row.reason
+
+
+def test_the_skip_term_hides_no_wrong_kernel(tmp_path, monkeypatch):
+    right = chunked.scalar_decay
+    monkeypatch.setattr(chunked, "scalar_decay", lambda inputs, state: (1.1 * right(inputs, state)[0], ()))
+    (row,) = run(tmp_path, "task=op_forward", model="mamba2")
+    assert "not timed: o of the recurrence is off by 0.1" in row.reason
+
+
+def test_every_kind_of_layer_is_checked(tmp_path, monkeypatch):
+    right = chunked.per_channel_decay
+    monkeypatch.setattr(chunked, "per_channel_decay", lambda inputs, state: (1.1 * right(inputs, state)[0], ()))
+    (row,) = run(tmp_path, "task=prefill", "num_layers=2", "hybrid.layers=[attention,gla]", model="hybrid")
+    assert "not timed: o of the recurrence is off by 0.1" in row.reason
+
+
+@pytest.mark.parametrize("task", ["op", "layer"])
+@pytest.mark.parametrize(("model", "words"), [("hybrid", ()), ("hgrn2", ("first_layer=base_conv",))])
+def test_one_layer_does_not_stand_for_layers_that_differ(tmp_path, task, model, words):
+    (row,) = run(tmp_path, f"task={task}", "num_layers=2", *words, model=model)
+    assert row.status == "skipped"
+    assert f"the layers of {model} differ here" in row.reason
+
+
+def test_a_compiled_cell_is_compiled_anew(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: done.append("reset"))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_: done.append("compile"))
+    run(tmp_path, "task=layer", "compile=true")
+    assert done == ["reset", "compile"]
+
+
+def test_a_plain_module_is_timed_on_a_gpu(tmp_path, monkeypatch):
+    file = tmp_path / "mine.py"
+    file.write_text("import torch\n\n\nclass Mine(torch.nn.LayerNorm):\n    pass\n")
+    (cell,) = cells("task=layer", model=f"{file}:Mine")
+    timed, model = runner.Runner(cell), engine.build(cell)
+    timed.device = "cuda"
+
+    def asked():
+        raise RuntimeError("the GPU is asked for its state")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", asked)
+    with pytest.raises(RuntimeError, match="asked for its state"):
+        timed.measure(model)
 
 
 def test_what_the_device_cannot_have_done_fails(tmp_path, monkeypatch):

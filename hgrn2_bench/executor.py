@@ -153,12 +153,12 @@ class LocalExecutor:
         """Run cells, yielding every event; cells that another run holds are waited for at the end."""
         yield from self._serve([_Order("run", cell, (results, force, min(self.count, len(cells)))) for cell in cells], timeout_s)
 
-    def stop(self) -> Iterator[Event]:
+    def stop(self, within_s: float = STOP_WITHIN_S) -> Iterator[Event]:
         """Ask for a clean stop: running cells write a checkpoint. Workers that do not answer in time are killed."""
         busy = [w for w in self.workers if w.order is not None]
         for each in busy:
             each.ask_to_stop()
-        deadline = time.monotonic() + STOP_WITHIN_S
+        deadline = time.monotonic() + within_s
         while busy and time.monotonic() < deadline:
             for each in self._readable():
                 event = self._receive(each)

@@ -105,8 +105,9 @@ class Run:
                     if event.kind == "done":
                         found[event.cell.key] = event.content[0]
             except KeyboardInterrupt:
-                monitor.say("stopping: running cells write a checkpoint")
-                for event in self.executor.stop():
+                timed = self.plan.protocol.speed  # such a cell has nothing to keep: it is timed in one piece
+                monitor.say("stopping" if timed else "stopping: running cells write a checkpoint")
+                for event in self.executor.stop(0.0) if timed else self.executor.stop():
                     monitor.hear(event)
                 monitor.say(f"stopped; the same command{' without --force' * self.force} continues")
                 sys.exit(130)
@@ -115,7 +116,8 @@ class Run:
     def print_plan(self) -> None:
         """Print the plan: one line for each group of cells that differ in seed and learning rate only."""
         cells, protocol, first = self.plan.cells, self.plan.protocol, self.plan.cells[0]
-        descriptions = self.describe(cells, probe=first.device == "cpu")
+        probe = first.device == "cpu" and not protocol.speed  # a step on 65,536 tokens of a large model takes a CPU an hour
+        descriptions = self.describe(cells, probe)
         settings = {key: {k: v for k, v in each.items() if k != "lr"} for key, each in swept(cells).items()}
         lines, seconds = [], 0.0
         for group in grouped(cells):
@@ -129,7 +131,7 @@ class Run:
             )
         print(tabulate(lines, COLUMNS, tablefmt="github", disable_numparse=True))
         print(f"\n{tuning.count(cells, protocol)} cells, {first.device}, {first.dtype}; protocol version {first.protocol_version}")
-        if first.device == "cpu":
+        if probe:
             workers = self.executor.count
             print(f"estimate without early stops: {duration(seconds / workers)} with {_workers(workers)}")
 

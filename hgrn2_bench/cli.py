@@ -192,6 +192,8 @@ def _print_suite(name: str) -> None:
     print("\nkeys (defaults; presets override them)")
     for schema in sections(protocol).values():
         for field in dataclasses.fields(schema):
+            if field.name in protocol.idle:
+                continue
             choices = field.metadata.get("choices")
             print(f"  {field.name}={field.default}" + (f"  ({'|'.join(choices)})" if choices else ""))
 

@@ -243,6 +243,8 @@ def _check_names(parsed: Sequence[Word], protocol: Protocol, chosen: Sequence[re
             raise unknown("key", word.name, [*known, *(f"{m}.{k}" for m in own for k in plain if k == word.key)])
         if not word.owner and word.key not in (*PLAN_KEYS, *plain):
             raise unknown("key", word.key, known)
+        if word.key in protocol.idle and word.key not in own.get(word.owner, ()):
+            raise ConfigError(f"{word.text!r} has no effect on suite={protocol.name}")
         if not word.plain:
             raise ConfigError(f"{word.text!r}: {NO_SIGNS.format(word.name)}")
         word.check_list(models[word.owner].settings if word.owner else None)

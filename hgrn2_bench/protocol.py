@@ -82,6 +82,8 @@ class Protocol:
     """Of a suite that times: two models, of which the table says from where on the first is faster."""
     figures: tuple[Figure, ...] = ()
     """What `plot` draws."""
+    idle: tuple[str, ...] = ()
+    """Keys of the core that change nothing here: refused."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from hgrn2_bench.config import choice, require
 from hgrn2_bench.protocol import Figure, Preset, Protocol
 
-TRAINED = ("op", "layer", "train")
-"""Kinds that may run backwards."""
+IDLE = (
+    # a training step's learning rate and batch are the suite's own, and nothing is trained to an end
+    *("lr", "batch_size", "epochs", "schedule", "warmup", "eval_every", "eval_batch_size", "stop_at", "select", "tune_on", "keep"),
+    "cuda_graph",  # `graph` is the key
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +220,7 @@ PROTOCOL = Protocol(
     name_task=name_task,
     presets={"test": TEST, "smoke": SMOKE, "short": SHORT, "paper": PAPER},
     tuned=(),
+    idle=IDLE,
     speed=True,
     across="seq_len",
     beside=("hgrn2", "attention"),

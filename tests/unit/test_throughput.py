@@ -58,6 +58,12 @@ def test_combinations_that_say_nothing_are_refused(words, line):
         ThroughputConfig(**words)
 
 
+@pytest.mark.parametrize("word", ["lr=0.1", "batch_size=4", "cuda_graph=false", "hgrn2.epochs=2"])
+def test_keys_of_training_are_refused(word):
+    with pytest.raises(ConfigError, match=f"'{word}' has no effect on suite=throughput"):
+        cells("task=train", word)
+
+
 @pytest.mark.parametrize(("kind", "sequences"), [("op", 4), ("decode", 3)])
 def test_a_batch_holds_the_tokens_asked_for(kind, sequences):
     batch = 3 if kind == "decode" else 1

@@ -3,10 +3,11 @@
 from dataclasses import fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hgrn2_bench.ops import families
-from hgrn2_bench.ops.families import OpInputs
+from hgrn2_bench.ops import cache, families
+from hgrn2_bench.ops.families import OpInputs, SoftmaxInputs
 
 TOLERANCES = {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 """Largest relative error by dtype; products of float32 may run in TF32 on a GPU."""
@@ -27,6 +28,24 @@ def relative_error(inputs: OpInputs, backend: str, gradients: bool) -> tuple[flo
     errors = {name: float("inf") if error != error else error for name, error in errors.items()}
     worst = max(errors, key=lambda name: errors[name])
     return errors[worst], worst
+
+
+@torch.no_grad()
+def token_error(before: OpInputs, token: OpInputs, backend: str) -> float:
+    """||backend - reference|| / ||reference|| of one token's output, from the state that `reference` leaves after the tokens before it.
+
+    Softmax reads that state from a padded cache, as decoding does.
+    """
+    _, state = families.run(_wide(before), "reference")
+    want, _ = families.run(_wide(token), "reference", state)
+    if isinstance(token, SoftmaxInputs):
+        T = state[0].shape[1]
+        held = tuple(F.pad(x, (0, 0, 0, 0, 0, cache.bucket(T + 1) - T)).to(token.v_BTHV.dtype) for x in state)
+        got = cache.attend(token, held, torch.tensor([T], device=held[0].device))
+    else:
+        got, _ = families.run(token, backend, tuple(x.to(torch.complex64 if x.is_complex() else torch.float32) for x in state))
+    error = ((_widened(got) - want).norm() / want.norm().clamp_min(1e-20)).item()
+    return error if error == error else float("inf")
 
 
 def results(inputs: OpInputs, backend: str, gradients: bool) -> dict[str, Tensor]:

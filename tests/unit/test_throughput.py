@@ -5,11 +5,11 @@ import time
 import pytest
 import torch
 
-from hgrn2_bench import engine, numerics, timing
+from hgrn2_bench import engine, numerics, registry, timing
 from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context
-from hgrn2_bench.ops import chunked
+from hgrn2_bench.ops import cache, chunked
 from hgrn2_bench.plan import make_plan
 from suites.throughput import runner
 from suites.throughput.protocol import PROTOCOL, ThroughputConfig, name_task
@@ -154,6 +154,27 @@ def test_the_skip_term_hides_no_wrong_kernel(tmp_path, monkeypatch):
     monkeypatch.setattr(chunked, "scalar_decay", lambda inputs, state: (1.1 * right(inputs, state)[0], ()))
     (row,) = run(tmp_path, "task=op_forward", model="mamba2")
     assert "not timed: o of the recurrence is off by 0.1" in row.reason
+
+
+@pytest.mark.parametrize("model", ["gla", "attention"])
+def test_what_decodes_a_token_is_checked(tmp_path, monkeypatch, model):
+    module, name = (cache, "attend") if model == "attention" else (chunked, "per_channel_decay")
+    right = getattr(module, name)
+
+    def forgetful(inputs, state, *position):
+        if inputs.v_BTHV.shape[1] > 1:
+            return right(inputs, state)
+        return right(inputs, tuple(torch.zeros_like(x) for x in state), *position)
+
+    monkeypatch.setattr(module, name, forgetful)
+    (row,) = run(tmp_path, "task=decode", model=model)
+    assert "not timed: a single token's o of the recurrence is off by" in row.reason
+
+
+@pytest.mark.parametrize("model", [name for name in registry.models() if name not in ("base_conv", "hybrid")])
+def test_every_recurrence_passes_the_check_of_decoding(tmp_path, model):
+    error = run(tmp_path, "task=decode", "d_model=32", model=model)[0].details["relative_error"]
+    assert error < 1e-5
 
 
 def test_every_kind_of_layer_is_checked(tmp_path, monkeypatch):

@@ -84,7 +84,7 @@ def _gpu_name() -> str:
 
 
 def gpu_state(uuid: str) -> dict[str, str]:
-    """What nvidia-smi says of one GPU now: driver, clocks (MHz), power cap (W), temperature, and how many processes compute on it.
+    """What nvidia-smi says of one GPU now: its UUID, driver, clocks (MHz), power cap (W), temperature, and the processes that compute on it.
 
     This program's own counts too. Empty where nvidia-smi is missing or does not know the GPU.
     """
@@ -93,7 +93,7 @@ def gpu_state(uuid: str) -> dict[str, str]:
     if found is None:
         return {}
     processes = sum(line[0].endswith(uuid) for line in nvidia_smi("--query-compute-apps=gpu_uuid,pid"))
-    return dict(zip(fields, found, strict=True)) | {"processes": str(processes)}
+    return {"uuid": uuid} | dict(zip(fields, found, strict=True)) | {"processes": str(processes)}
 
 
 def nvidia_smi(query: str) -> list[list[str]]:

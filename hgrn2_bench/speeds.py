@@ -23,6 +23,8 @@ SHOWN = {"tokens/s": count, "bytes": byte_count, "s": lambda value: duration(val
 """How values of a unit are shown."""
 TIMES = ("tokens_per_s", "latency")
 """Metrics beside which the share of the roofline is printed."""
+STILL = ("state", "peak", "chunk_extra", "relative_error", "compile")
+"""What does not come from the timed sample: whether that was steady says nothing of it."""
 DERIVED = {
     "flops_per_s": ("FLOP/s", "algorithmic FLOP/s"),
     "bytes_per_s": ("bytes/s", "algorithmic bytes/s"),
@@ -57,9 +59,10 @@ class Entry:
         """The status of the first repeat that is not ok."""
         return next((row.status for row in self.rows if row.status != "ok"), "ok")
 
-    @property
-    def marks(self) -> str:
+    def marks(self, metric: str) -> str:
         """`~` where a repeat never became steady, `!` where one is above the measured ceiling."""
+        if metric in STILL:
+            return ""
         unsteady = any(row.details.get("steady") is False for row in self.rows)
         return "~" * unsteady + "!" * any(row.details.get("above_ceiling") for row in self.rows)
 
@@ -171,12 +174,12 @@ def _value(row: Row, metric: str) -> float | None:
 def _shown(entry: Entry | None, show: Any, metric: str) -> Any:
     if entry is None:
         return "–"
-    by_seed = {row.seed: value for row, value in zip(entry.rows, entry.values, strict=False)}
+    by_seed = {row.seed: _value(row, metric) for row in entry.rows}
     if entry.median is None:
         return Score(entry.outcome if entry.outcome != "ok" else "–", by_seed)
-    shares = [row.details["roofline"] for row in entry.rows if "roofline" in row.details]
+    shares = [share for row in entry.rows if (share := row.details.get("roofline")) is not None]
     share = f" ({statistics.median(shares):.0%})" if shares and metric in TIMES else ""
-    return Score(show(entry.median) + share + entry.marks, by_seed)
+    return Score(show(entry.median) + share + entry.marks(metric), by_seed)
 
 
 def _varying(firsts: Sequence[Row], protocol: Protocol) -> list[str]:
@@ -202,7 +205,7 @@ def _notes(
         notes[0] += f"; largest spread {widest.spread:.1%} ({place})"
     if metric in TIMES:
         notes.append("in parentheses the share of the roofline; first calls: seconds beyond usual ones, in which kernels compile")
-    marks = "".join(entry.marks for entry in entries)
+    marks = "".join(entry.marks(metric) for entry in entries)
     notes += ["~ never became steady"] * ("~" in marks) + ["! above the ceiling measured in the same process"] * ("!" in marks)
     notes += _failures(entries, protocol.across)
     notes += _crossovers(lines, protocol, metric, varying)

@@ -332,7 +332,7 @@ class Runner:
         top = timing.ceilings(self.device, self.dtype)
         if self.device == "cuda":
             timing.check_plausible(flops or 0.0, nbytes, timed.median, provenance.device_name("cuda"))
-        share = top.share(flops or 0.0, nbytes, timed.median)
+        share = None if flops is None else top.share(flops, nbytes, timed.median)
         return {
             "seconds": [timed.low, timed.median, timed.high],
             "first_s": timed.first,
@@ -346,7 +346,7 @@ class Runner:
             "copy_ceiling": top.copy,
             "matmul_ceiling": top.matmul,
             "roofline": share,
-            "above_ceiling": share > 1.0,
+            "above_ceiling": share is not None and share > 1.0,
         }
 
     def _peak(self) -> list[Metric]:

@@ -75,6 +75,25 @@ def test_unsteady_and_implausible_values_are_marked():
     assert {"~ never became steady", "! above the ceiling measured in the same process"} <= set(table.notes)
 
 
+@pytest.mark.parametrize("metric", ["state", "compile"])
+def test_what_is_no_sample_is_not_called_unsteady(metric):
+    unsteady = {**DETAILS, "steady": False}
+    table = only([cell(1e6, details=unsteady), cell(100.0, metric="state", unit="bytes", details=unsteady)], metric)
+    assert "~" not in shown(table)["hgrn2"]["512"]
+    assert "~ never became steady" not in table.notes
+
+
+def test_a_repeat_that_failed_leaves_the_others_their_seeds():
+    bad = failed("oom", "CUDA out of memory", suite="throughput", task="op_training_32768", model="hgrn2", cell="x", details={})
+    bad = dataclasses.replace(bad, settings=cell(1.0).settings, seed=0)
+    (line,) = only([bad, cell(3e6, seed=1)]).lines
+    assert next(value for value in line if isinstance(value, Score)).by_seed == {0: None, 1: 3e6}
+
+
+def test_work_that_is_not_known_has_no_share_of_the_roofline():
+    assert shown(only([cell(1e6, details={**DETAILS, "roofline": None})]))["hgrn2"]["512"] == "1M"
+
+
 def test_devices_precisions_and_sizes_never_share_a_table():
     for changes in ({"device_name": "another"}, {"dtype": "bfloat16"}, {"settings": {"d_model": 2048}}, {"task": "decode_batch1_graph"}):
         assert len(make_tables([cell(1e6), cell(1e6, model="gla", **changes)], PROTOCOL)) == 2

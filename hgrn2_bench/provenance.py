@@ -84,7 +84,7 @@ def _gpu_name() -> str:
 
 
 def gpu_state(uuid: str) -> dict[str, str]:
-    """What nvidia-smi says of one GPU now: its UUID, driver, clocks (MHz), power cap (W), temperature, and the processes that compute on it.
+    """What nvidia-smi says of one GPU now: its UUID, driver, clocks (MHz), power cap (W), temperature, and its processes.
 
     This program's own counts too. Empty where nvidia-smi is missing or does not know the GPU.
     """

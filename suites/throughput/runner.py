@@ -225,8 +225,9 @@ class Runner:
 
         each = BACKWARD if training else 1.0
         calls = [functools.partial(both if training else forward, x) for x in xs]
-        moved = nbytes + sum(p.nbytes for p in weights)
-        return calls, flops and each * flops * shape[0] * shape[1], round(each * moved)
+        # forward: input and weights read, output written; backward: those two and the output's gradient read, two gradients written
+        moved = nbytes * (2.5 if training else 1.0) + each * sum(p.nbytes for p in weights)
+        return calls, flops and each * flops * shape[0] * shape[1], round(moved)
 
     def _layer_flops(self, mixer: Mixer) -> float | None:
         """Forward operations per token: 2 for each weight of a matrix, and the recurrence."""

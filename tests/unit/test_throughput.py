@@ -102,6 +102,11 @@ def test_backward_counts_twice_the_forward_pass(tmp_path):
     assert both["bytes"] > 2 * forward["bytes"]
 
 
+def test_bytes_of_a_layer(tmp_path):
+    both = run(tmp_path, "task=layer", model="attention")[0].details
+    assert both["bytes"] == 5 * 32 * 16 * 4 + 3 * 4 * (16 * 48 + 48 + 16 * 16 + 16)
+
+
 @pytest.mark.parametrize(("model", "extra"), [("hgrn2", 65 * 32), ("gated_delta_net", None), ("attention", 0)])
 def test_the_extra_work_of_chunks(model, extra):
     (cell,) = cells("task=op", model=model)

@@ -95,7 +95,7 @@ def run(
     plan = make_plan(words, _device(options.device))
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
-    workers = alone(options.workers, plan.cells[0].device) if plan.protocol.speed else options.workers
+    workers = alone(options.workers) if plan.protocol.speed else options.workers
     with _stoppable(), LocalExecutor(workers or default_workers(plan.cells[0].device)) as executor:
         plan, matches = resolve(plan, executor.solve)
         announce(matches, sys.stdout if options.dry_run else sys.stderr)

@@ -95,12 +95,11 @@ def default_workers(device: str) -> int:
         return cores
 
 
-def alone(asked: int, device: str) -> int:
-    """Workers of a run that times: one, or one for each GPU. ConfigError where more are asked for (0 asks for none in particular)."""
-    most = 1 if device == "cpu" else default_workers(device)
-    if asked > most:
-        raise ConfigError(f"--workers {asked}: cells that are timed run alone, {'one at a time' if most == 1 else f'{most} at once here'}")
-    return asked or most
+def alone(asked: int) -> int:
+    """The one worker of a run that times, whose cells run alone. ConfigError where more are asked for (0 asks for none in particular)."""
+    if asked > 1:
+        raise ConfigError(f"--workers {asked}: cells that are timed run alone, on one device")
+    return 1
 
 
 class LocalExecutor:

@@ -19,14 +19,15 @@ of two equally near the smaller. A value that the user gives is kept. Whatever m
 import dataclasses
 import json
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TextIO
 
 from hgrn2_bench import registry
-from hgrn2_bench.config import MAX_WIDTH
+from hgrn2_bench.config import MAX_WIDTH, written
 from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.plan import Cell, Plan, rewritten, swept
+from hgrn2_bench.plan import Cell, Plan, swept
 
 if TYPE_CHECKING:
     from hgrn2_bench.model import SequenceModel
@@ -344,3 +345,10 @@ class _Search:
             if n in self.sizes:
                 return n
         return None
+
+
+def rewritten(command: str, values: Mapping[str, Any]) -> str:
+    """A cell's command with these words, each in place of a word of the same name."""
+    *words, option, device = shlex.split(command)
+    kept = [word for word in words if word.partition("=")[0] not in values]
+    return shlex.join([*kept, *(f"{name}={written(value)}" for name, value in values.items()), option, device])

@@ -355,13 +355,6 @@ def versions(model: registry.Model, settings: Mapping[str, Any], first: str) -> 
     return " ".join([model.full_version(settings), *(f"{each.name}:{each.version}" for each in registry.first_layer(first))])
 
 
-def rewritten(command: str, values: Mapping[str, Any]) -> str:
-    """A cell's command with these words, each in place of a word of the same name."""
-    *words, option, device = shlex.split(command)
-    kept = [word for word in words if word.partition("=")[0] not in values]
-    return shlex.join([*kept, *(f"{name}={written(value)}" for name, value in values.items()), option, device])
-
-
 def swept(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
     """For each cell's key the settings in which cells of its task and model differ, under the names a user types; the seed left out."""
     found = {cell.key: cell.fields() for cell in cells}

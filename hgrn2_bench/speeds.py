@@ -78,7 +78,7 @@ def duration(value: float) -> str:
 def speed_tables(rows: Iterable[Row], protocol: Protocol, metric: str | None = None) -> list[Table]:
     """Every table that the rows give, tasks in alphabetical order: of `metric`, or of the first one that each task has."""
     groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
-    for row in _newest(rows):
+    for row in _newest(row for row in rows if protocol.across in row.settings):
         size = tuple(row.settings.get(key) for key in SIZE)
         groups[row.preset, row.task, size, row.protocol_version, row.dtype, row.device_name].append(row)
     tables = []

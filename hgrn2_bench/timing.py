@@ -1,7 +1,8 @@
 """How long a piece of work takes: cold and warm, with quantiles, against ceilings measured in the same process.
 
-On a GPU each call is timed with events on the device while the queue is kept full: a call's time is the device's and not that of its
-launches, unless launching takes longer. On a CPU the wall clock counts. Callers rotate inputs so that no call finds its own in the cache.
+On a GPU each call is timed with events on the device, behind a pause in which the first calls are queued: a call's time is the device's and
+not that of its launches, unless launching takes longer. On a CPU the wall clock counts. Callers rotate inputs so that no call finds its own
+in the cache.
 """
 
 import functools
@@ -122,12 +123,18 @@ class Ceilings:
 
 @functools.cache
 def ceilings(device: str, dtype: torch.dtype) -> Ceilings:
-    """Measure both ceilings, once per process: a copy of 1 GiB (CPU 128 MiB), a product of matrices of 8,192 (CPU 1,024) rows."""
+    """Measure both ceilings, once per process: a copy of 1 GiB (CPU 128 MiB), a product of matrices of 8,192 (CPU 1,024) rows.
+
+    float32 products take TF32 on a GPU, as fla's kernels do.
+    """
     count, rows = (1 << 29, 8192) if device == "cuda" else (1 << 26, 1024)
     source, target = (torch.randn(count, device=device, dtype=torch.bfloat16) for _ in range(2))
     copy = time_calls([lambda: target.copy_(source)], device, 0.1, 1.0)
     a, b = (torch.randn(rows, rows, device=device, dtype=dtype) for _ in range(2))
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device == "cuda" else precision)
     product = time_calls([lambda: a @ b], device, 0.1, 1.0)
+    torch.set_float32_matmul_precision(precision)
     return Ceilings(copy=2 * source.nbytes / copy.median, matmul=2 * rows**3 / product.median)
 
 

@@ -19,8 +19,8 @@ from hgrn2_bench.plan import Cell, make_plan
 from hgrn2_bench.provenance import cuda_devices, cuda_memory
 
 MOST_WORKERS = 16
-WORKER_BYTES = 1_500_000_000
-"""GPU memory of one process: its CUDA context, and a small model with a batch."""
+WORKER_BYTES, TIMED_WORKER_BYTES = 1_500_000_000, 16_000_000_000
+"""GPU memory of one process: its CUDA context, and a small model with a batch; or the larger work of a suite that times."""
 SECTIONS = ("suite", "model_ref", "settings", "model_config", "data", "backend", "dtype", "device")
 TRAINING = ("batch_size", "eval_batch_size", "cuda_graph")
 """What of a cell decides which kernels it launches, and on which sizes."""
@@ -36,9 +36,9 @@ def distinct(cells: Iterable[Cell]) -> list[Cell]:
     return list(found.values())
 
 
-def default_workers() -> int:
+def default_workers(timed: bool = False) -> int:
     """One worker a core, at most MOST_WORKERS, and no more than the GPUs have memory for."""
-    fit = cuda_devices() * cuda_memory() // WORKER_BYTES
+    fit = cuda_devices() * cuda_memory() // (TIMED_WORKER_BYTES if timed else WORKER_BYTES)
     return max(1, min(executor.default_workers("cpu"), MOST_WORKERS, fit))
 
 
@@ -55,7 +55,7 @@ def warm(words: Sequence[str], workers: int) -> bool:
     if not cuda_devices():
         raise ConfigError("warm compiles for a GPU; the driver shows none")
     plan = make_plan(words, "cuda")
-    with LocalExecutor(workers or default_workers()) as pool:
+    with LocalExecutor(workers or default_workers(plan.protocol.speed)) as pool:
         plan, _ = resolve(plan, pool.solve)
         cells = distinct(cell for cell in plan.cells if cell.backend == "fla")
         if not cells:

@@ -76,6 +76,7 @@ class Runner:
         self.mode: Callable[[], str] = lambda: "eager"
         self.cold_s, self.cold_calls = 0.0, 0
         self.chunk_extra: float | None = None
+        self.card: dict[str, str] = {}
 
     @staticmethod
     def shape(cell: Cell) -> Shape:
@@ -95,27 +96,19 @@ class Runner:
 
     def measure(self, model: SequenceModel) -> Measured:
         """Check and time; `timing.MeasuringFaultError` for what the device cannot have done."""
-        if self.device == "cuda" and any(mixer.family and "fla" not in mixer.backends for mixer in model.mixers):
-            raise SkippedError(f"{self.cell.model} has no Triton kernel here: plain PyTorch's speed would say nothing about it")
-        kind = self.config.kind
-        if kind in ("op", "layer") and any(mixer.label for mixer in model.mixers):
-            raise SkippedError(f"the layers of {self.cell.model} differ here: time each part as a model, or train, prefill and decode")
-        gpu = provenance.gpu_state(str(torch.cuda.get_device_properties().uuid)) if self.device == "cuda" else {}
         error, worst = self._gate(model)
+        details: dict[str, Any] = {"relative_error": error, "worst": worst}
+        kind = self.config.kind
         if kind != "memory":
             timing.ceilings(self.device, self.dtype)  # now: while the work holds its memory there may be none left for them
         if kind in ("decode", "memory"):
-            return self._decoding(model, {"relative_error": error, "gpu": gpu})
+            return self._decoding(model, details)
         tokens = self.config.sequences * self.config.seq_len
-        work: dict[str, Callable[[SequenceModel], tuple[Sequence[Call], float | None, int]]]
-        work = {"op": self._op, "layer": self._layer, "train": self._train, "prefill": self._prefill}
-        calls, flops, nbytes = work[kind](model)
-        if kind != "train":
-            self._cold(calls[0], 1)
+        calls, flops, nbytes = self._work(model)
         timed = self._timed(calls)
         rate = tokens / timed.median
-        details = {"relative_error": error, "worst": worst, "gpu": gpu, "inputs": len(calls), "mode": self.mode()}
-        details |= self._account(timed, flops, nbytes) | ({"chunk_extra": self.chunk_extra} if self.chunk_extra else {})
+        details |= {"inputs": len(calls), "mode": self.mode()} | self._account(timed, flops, nbytes)
+        details |= {"chunk_extra": self.chunk_extra} if self.chunk_extra else {}
         metrics = [
             Metric("test", "tokens_per_s", rate, timed.calls),
             Metric("test", "latency", timed.median, timed.calls, unit="s", higher_is_better=False),
@@ -124,19 +117,42 @@ class Runner:
         return Measured(metrics, timed.median, self._compile_s(timed), rate, details)
 
     def rehearse(self, model: SequenceModel) -> None:
-        """Launch everything that `measure` launches, a few times; where there is nothing to time, nothing."""
-        self.config = replace(self.config, sample_s=1e-3, warm_up_s=1e-3)
+        """Launch everything that `measure` times; where there is nothing to time, nothing."""
         with contextlib.suppress(SkippedError):
-            self.measure(model)
+            self._gate(model)
+            if self.config.kind in ("decode", "memory"):
+                self._decoder(model)[1]()
+            else:
+                self._work(model)
+
+    def _work(self, model: SequenceModel) -> tuple[Sequence[Call], float | None, int]:
+        """The calls to time, called once so that kernels are compiled; and operations and bytes of each."""
+        kind = self.config.kind
+        work: dict[str, Callable[[SequenceModel], tuple[Sequence[Call], float | None, int]]]
+        work = {"op": self._op, "layer": self._layer, "train": self._train, "prefill": self._prefill}
+        calls, flops, nbytes = work[kind](model)
+        if kind != "train":
+            self._cold(calls[0], 1)
+        return calls, flops, nbytes
 
     def _timed(self, calls: Sequence[Call]) -> Timing:
         """Time calls that have run before: from here on the peak is theirs, and not that of the check or of kernels that tune."""
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        return timing.time_calls(calls, self.device, self.config.sample_s, self.config.warm_up_s)
+        timed = timing.time_calls(calls, self.device, self.config.sample_s, self.config.warm_up_s)
+        if self.device == "cuda":  # the card as it was under load
+            self.card = provenance.gpu_state(str(torch.cuda.get_device_properties().uuid))
+        return timed
 
     def _gate(self, model: SequenceModel) -> tuple[float | None, str]:
-        """The largest relative error of the recurrences as this model feeds them, one of each kind of layer."""
+        """The largest relative error of the recurrences as this model feeds them, one of each kind of layer.
+
+        SkippedError where the model has nothing that could be timed under its name.
+        """
+        if self.device == "cuda" and any(mixer.family and "fla" not in mixer.backends for mixer in model.mixers):
+            raise SkippedError(f"{self.cell.model} has no Triton kernel here: plain PyTorch's speed would say nothing about it")
+        if self.config.kind in ("op", "layer") and any(mixer.label for mixer in model.mixers):
+            raise SkippedError(f"the layers of {self.cell.model} differ here: time each part as a model, or train, prefill and decode")
         first = {mixer.label: mixer for mixer in reversed(model.mixers) if mixer.family}
         found = [self._checked(model, mixer) for mixer in first.values()]
         return max(found) if found else (None, "")
@@ -267,10 +283,11 @@ class Runner:
 
         return [call], flops and flops / 3 * B * T, sum(p.nbytes for p in model.parameters())
 
-    def _decoding(self, model: SequenceModel, details: dict[str, Any]) -> Measured:
-        """The tokens up to number `seq_len`, in weights and activations of the cell's dtype, and what is held for them.
+    def _decoder(self, model: SequenceModel) -> tuple[Decoder, Call]:
+        """A decoder that holds a prompt, in weights and activations of the cell's dtype, and the call that takes it one token on.
 
-        The last SPAN tokens, or half of them, are decoded again and again: so a cache is full, and no longer than the context asked for.
+        The last SPAN tokens up to number `seq_len`, or half of them, are decoded again and again: so a cache is full, and no longer than
+        the context asked for.
         """
         config, B = self.config, self.config.batch
         decoder = Decoder(model.to(self.dtype).eval(), B, config.seq_len, config.graph and self.device == "cuda")
@@ -284,19 +301,26 @@ class Runner:
                 decoder.position.fill_(start)
             return decoder.step(tokens_B)
 
+        return decoder, call
+
+    def _decoding(self, model: SequenceModel, details: dict[str, Any]) -> Measured:
+        """The time of one more token for each sequence, and what is held for it."""
+        config, B = self.config, self.config.batch
+        decoder, call = self._decoder(model)
         held = Metric("test", "state", float(decoder.state_bytes), B, unit="bytes", higher_is_better=False)
         details |= {"kernel": decoder.kernel.replace(f" {decoder.bucket} ", " all "), "bucket": decoder.bucket}
         if config.kind == "memory":
             call()
             if self.device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-                decoder.prefill(self._tokens(B, start))  # again, now that no kernel tunes
+                decoder.prefill(self._tokens(B, config.seq_len))  # again, now that no kernel tunes
             return Measured([held, *self._peak()], None, 0.0, None, details)
         self._cold(call, max(1, decoder.warm_steps - 1))
         timed = self._timed([call])
         weights = sum(p.nbytes for p in model.blocks.parameters()) + model.head.weight.nbytes
         flops = measure.train_flops_per_token(model, 2 * config.seq_len - 1)  # attention counts the mean context: here all of it
-        details |= {"mode": decoder.mode} | self._account(timed, flops and flops / 3 * B, weights + decoder.state_bytes)
+        moved = weights + decoder.state_bytes * (1 if decoder.bucket else 2)  # a cache is read; a recurrent state is written too
+        details |= {"mode": decoder.mode} | self._account(timed, flops and flops / 3 * B, moved)
         rate = B / timed.median
         metrics = [
             Metric("test", "tokens_per_s", rate, timed.calls),
@@ -335,6 +359,7 @@ class Runner:
             timing.check_plausible(flops or 0.0, nbytes, timed.median, provenance.device_name("cuda"))
         share = None if flops is None else top.share(flops, nbytes, timed.median)
         return {
+            "gpu": self.card,
             "seconds": [timed.low, timed.median, timed.high],
             "first_s": timed.first,
             "calls": timed.calls,

@@ -197,6 +197,17 @@ def test_one_layer_does_not_stand_for_layers_that_differ(tmp_path, task, model, 
     assert f"the layers of {model} differ here" in row.reason
 
 
+@pytest.mark.parametrize("task", ["op", "train", "prefill", "decode", "memory"])
+def test_a_rehearsal_runs_the_work_and_times_nothing(task, monkeypatch):
+    monkeypatch.setattr(timing, "time_calls", lambda *_: pytest.fail("was timed"))
+    monkeypatch.setattr(timing, "ceilings", lambda *_: pytest.fail("measured a ceiling"))
+    (cell,) = cells(f"task={task}")
+    rehearsed = runner.Runner(cell)
+    rehearsed.rehearse(engine.build(cell))
+    assert rehearsed.cold_calls > 0
+    assert runner.Runner(cells("task=op", model="base_conv")[0]).rehearse(engine.build(cells("task=op", model="base_conv")[0])) is None
+
+
 def test_a_compiled_cell_is_compiled_anew(tmp_path, monkeypatch):
     done = []
     monkeypatch.setattr(torch.compiler, "reset", lambda: done.append("reset"))
@@ -212,11 +223,11 @@ def test_a_plain_module_is_timed_on_a_gpu(tmp_path, monkeypatch):
     timed, model = runner.Runner(cell), engine.build(cell)
     timed.device = "cuda"
 
-    def asked():
-        raise RuntimeError("the GPU is asked for its state")
+    def reached(*_):
+        raise RuntimeError("comes to be timed")
 
-    monkeypatch.setattr(torch.cuda, "get_device_properties", asked)
-    with pytest.raises(RuntimeError, match="asked for its state"):
+    monkeypatch.setattr(timing, "ceilings", reached)
+    with pytest.raises(RuntimeError, match="comes to be timed"):
         timed.measure(model)
 
 

@@ -1,5 +1,6 @@
 """One run of a plan: what is finished, what the rest costs, and the cells run in the order that ends soonest."""
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,15 @@ def grouped(cells: Sequence[Cell]) -> list[list[Cell]]:
     for cell in cells:
         groups.setdefault(cell.alike, []).append(cell)
     return list(groups.values())
+
+
+def one_of_each(cells: Sequence[Cell]) -> list[Cell]:
+    """The first cell of each model and setting, whatever is asked of it."""
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        content = cell.to_json() | {"seed": 0, "command": "", "task": "", "data": {}}
+        found.setdefault(json.dumps(content, sort_keys=True), cell)
+    return list(found.values())
 
 
 class Run:
@@ -73,12 +83,13 @@ class Run:
         if not self.todo:
             return
         check_results(self.results)
-        descriptions = self.describe(self.todo)
+        timed = self.plan.protocol.speed  # at dozens of sizes: each model is built once to see whether it is legal, and costs order nothing
+        descriptions = self.describe(one_of_each(self.todo) if timed else self.todo)
         if hint:
             print(hint, file=sys.stderr)
         while cells := self.required:
             print(self._opening(cells), file=sys.stderr)
-            ran = self._run_cells(cells, {cell.key: descriptions[cell.key][0] for cell in cells})
+            ran = self._run_cells(cells, {cell.key: descriptions.get(cell.key, (None, ""))[0] for cell in cells})
             self.finished |= ran
             if len(ran) < len(cells):
                 return
@@ -95,8 +106,10 @@ class Run:
 
     def _run_cells(self, cells: Sequence[Cell], about: dict[str, Any]) -> dict[str, list[Row]]:
         """Run the cells, the dearest first unless they take turns, and return their rows."""
-        costs = {key: (d.train_flops_per_token or 6 * d.parameters) * d.tokens / 1e12 if d else 1.0 for key, d in about.items()}
-        ordered = cells if self.plan.protocol.speed else sorted(cells, key=lambda cell: -costs[cell.key])
+        timed = self.plan.protocol.speed
+        known = {key: None if timed else description for key, description in about.items()}
+        costs = {key: (d.train_flops_per_token or 6 * d.parameters) * d.tokens / 1e12 if d else 1.0 for key, d in known.items()}
+        ordered = cells if timed else sorted(cells, key=lambda cell: -costs[cell.key])
         found: dict[str, list[Row]] = {}
         with Monitor(costs, names(cells)) as monitor:
             try:

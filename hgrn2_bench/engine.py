@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from hgrn2_bench import matching, measure, provenance, registry
+from hgrn2_bench import matching, measure, provenance, registry, timing
 from hgrn2_bench.cells import CellFolder, replace_file
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.model import SequenceModel
@@ -270,7 +270,8 @@ def _measure(cell: Cell, model: nn.Module, runner: Any, facts: Facts) -> list[Me
     """Time the model, and leave what a training run would have left."""
     began = time.perf_counter()
     try:
-        found: Measured = runner.measure(model)
+        with timing.alone(cell.device):
+            found: Measured = runner.measure(model)
     finally:
         if cell.device == "cuda":
             facts.peak_bytes = int(torch.cuda.max_memory_allocated())

@@ -5,14 +5,18 @@ not that of its launches, unless launching takes longer. On a CPU the wall clock
 in the cache.
 """
 
+import contextlib
+import fcntl
 import functools
 import itertools
 import math
 import re
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -50,6 +54,19 @@ class Timing:
     def compile_s(self) -> float:
         """What the first call took beyond a usual one."""
         return max(0.0, self.first - self.median)
+
+
+@contextlib.contextmanager
+def alone(device: str) -> Iterator[None]:
+    """Time on this machine's device with no other run of this program timing there: the others wait."""
+    try:
+        file = (Path(tempfile.gettempdir()) / f"hgrn2_bench-{device}.lock").open("a")
+    except OSError:  # another user's
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def time_calls(calls: Sequence[Call], device: str, sample_s: float = 0.5, warm_up_s: float = 10.0) -> Timing:

@@ -1,5 +1,6 @@
 """What is timed, and what is said of it."""
 
+import fcntl
 import math
 import time
 
@@ -56,6 +57,23 @@ def test_calls_take_turns():
     seen = []
     time_calls([lambda: seen.append("a"), lambda: seen.append("b")], "cpu", sample_s=1e-5, warm_up_s=0.01)
     assert seen[:6] == ["a", "b", "a", "b", "a", "b"]
+
+
+def test_two_runs_do_not_time_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing.tempfile, "gettempdir", lambda: str(tmp_path))
+    with timing.alone("cpu"), (tmp_path / "hgrn2_bench-cpu.lock").open("a") as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with timing.alone("cuda"):
+            pass
+    with (tmp_path / "hgrn2_bench-cpu.lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_lock_that_cannot_be_had_stops_nobody(tmp_path, monkeypatch):
+    monkeypatch.setattr(timing.tempfile, "gettempdir", lambda: str(tmp_path / "missing"))
+    with timing.alone("cpu"):
+        pass
 
 
 def test_real_time_is_measured():

@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,11 +175,11 @@ def make_plan(words: Sequence[str], device: str) -> Plan:
         for cell in maker.cells():
             cells.setdefault(cell.key, cell)
         notes |= dict.fromkeys(maker.notes)
-    ordered = taking_turns(list(cells.values())) if protocol.speed else list(cells.values())
+    ordered = taking_turns(cells.values()) if protocol.speed else cells.values()
     return Plan(protocol, preset_name, tuple(ordered), tuple(notes), frozenset(word.name for word in parsed))
 
 
-def taking_turns(cells: Sequence[Cell]) -> list[Cell]:
+def taking_turns(cells: Collection[Cell]) -> list[Cell]:
     """Cells that time something, so ordered that drift favours nobody: repeat after repeat (the seeds), models in turn at each size."""
     sizes = {size: place for place, size in enumerate(dict.fromkeys((cell.task, cell.data, cell.dtype) for cell in cells))}
     return sorted(cells, key=lambda cell: (cell.seed, sizes[cell.task, cell.data, cell.dtype]))

@@ -113,7 +113,7 @@ def _table(rows: Sequence[Row], protocol: Protocol, asked: str | None) -> Table 
     show = SHOWN.get(unit, short3)
     columns = [Column("model"), *(Column(key, short) for key in varying), *(Column(f"{size:,}") for size in sizes)]
     columns += [Column("first calls", lambda value: "–" if value is None else duration(value))]
-    columns += [Column("parameters", count), Column("kernel")]
+    columns += [Column(f"state at {max(sizes):,}", byte_count), Column("parameters", count), Column("kernel")]
     body = []
     for line in lines.values():
         row = next(iter(line.values())).rows[0]
@@ -121,7 +121,17 @@ def _table(rows: Sequence[Row], protocol: Protocol, asked: str | None) -> Table 
         kernel = known.details.get("kernel") or known.effective.get("kernel", "–")
         values = [_shown(line.get(size), show, metric) for size in sizes]
         cold = max((r.compile_s for entry in line.values() for r in entry.rows if r.step_s is not None), default=None)
-        body.append((named(row), *(settings_of(row).get(key) for key in varying), *values, cold, known.parameters, kernel))
+        body.append(
+            (
+                named(row),
+                *(settings_of(row).get(key) for key in varying),
+                *values,
+                cold,
+                line[max(line)].rows[0].state_bytes,
+                known.parameters,
+                kernel,
+            )
+        )
     size_text = ", ".join(f"{key} {first.settings.get(key)}" for key in SIZE)
     title = f"{first.suite}, preset {first.preset}, {first.task}, {size_text}: {what} ({unit}) by {protocol.across}"
     return Table(title, tuple(columns), tuple(body), tuple(_notes(rows, lines, protocol, metric, varying)))

@@ -162,7 +162,7 @@ class Runner:
 
         Without the skip term, beside which an error of the kernel may be small.
         """
-        inputs, token = (self._projected(model, mixer, T) for T in (min(self.config.seq_len, GATE_TOKENS), 1))
+        inputs, token = (self._projected(model, mixer, 1, T) for T in (min(self.config.seq_len, GATE_TOKENS), 1))
         trains = self.config.kind == "train" or (self.config.kind in ("op", "layer") and self.config.passes == "training")
         self._cold(lambda: numerics.results(inputs, self.cell.backend, trains), 1)
         error, worst = numerics.relative_error(inputs, self.cell.backend, trains)
@@ -173,22 +173,22 @@ class Runner:
             raise ValueError(f"not timed: {worst} of the recurrence is off by {error:.2g} (at most {limit:g}) from reference")
         return error, worst
 
-    def _projected(self, model: SequenceModel, mixer: Mixer, T: int) -> families.OpInputs:
-        """The inputs of one recurrence on T random tokens of one sequence, without the skip term."""
-        with self._autocast():
-            inputs = mixer.project(self._random(1, T, model.config.d_model), Context(shared=model.shared()))
+    def _projected(self, model: SequenceModel, mixer: Mixer, B: int, T: int) -> families.OpInputs:
+        """The inputs of one recurrence on random tokens, without the skip term, which is no part of it."""
+        with self._autocast(), torch.no_grad():
+            inputs = mixer.project(self._random(B, T, model.config.d_model), Context(shared=model.shared()))
         return replace(detached(inputs), skip=None)  # type: ignore[type-var, no-any-return]
 
     def _op(self, model: SequenceModel) -> tuple[Sequence[Call], float | None, int]:
         mixer = model.mixers[0]
         if not mixer.family:
             raise SkippedError(f"{self.cell.model} has no recurrence: time its layer")
-        shape = (self.config.sequences, self.config.seq_len, model.config.d_model)
-        with self._autocast(), torch.no_grad():
-            first = detached(mixer.project(self._random(*shape), Context(shared=model.shared())))
-            nbytes = timing.tensor_bytes(*numerics.tensors(first).values())
-            more = range(timing.copies_beyond_cache(nbytes, self.device) - 1)
-            sets = [first, *(detached(mixer.project(self._random(*shape), Context(shared=model.shared()))) for _ in more)]
+        shape = self.config.sequences, self.config.seq_len
+        first = self._projected(model, mixer, *shape)
+        nbytes = timing.tensor_bytes(*numerics.tensors(first).values())
+        more = range(timing.copies_beyond_cache(nbytes, self.device) - 1)
+        sets = [first, *(self._projected(model, mixer, *shape) for _ in more)]
+        with torch.no_grad():
             o_bytes = self._cold(lambda: families.run(first, self.cell.backend)[0], 1).nbytes
         flops = mixer.op_flops(self.config.seq_len)
         tokens = self.config.sequences * self.config.seq_len

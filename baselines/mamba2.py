@@ -118,4 +118,4 @@ class Mamba2(Mixer):
             "bias": False,
             "forget_bias": "subtracted from dt_bias",
             "gate_dtype": "float32",
-        }
+        } | ({"stands_in": "simple_gla"} if self.spec.backend == "fla" else {})  # for mamba-ssm's kernel

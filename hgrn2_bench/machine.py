@@ -1,7 +1,6 @@
 """What this machine has, for `doctor`: versions, driver, GPUs, environment, folders, and the self-test's answers. Imports no torch."""
 
 import ctypes
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,9 +15,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from hgrn2_bench import registry
+from hgrn2_bench import provenance, registry
 from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.provenance import nvidia_smi
 
 MIB = 1 << 20
 TEST_WITHIN_S = 400.0
@@ -130,7 +128,7 @@ def gather(results: Path, distributions: Sequence[str]) -> Facts:
     return Facts(
         python=sys.version_info[:3],
         system=platform.system(),
-        versions={name: version for name in distributions if (version := version_of(name))},
+        versions={name: version for name in distributions if (version := provenance.version(name))},
         modules=frozenset(name for name in MODULES if is_importable(name)),
         variables={name: os.environ[name] for name in VARIABLES if os.environ.get(name)},
         driver=driver,
@@ -142,14 +140,6 @@ def gather(results: Path, distributions: Sequence[str]) -> Facts:
         results=look_at(results),
         cache=look_at(cache_folder(os.environ), measure=True),
     )
-
-
-def version_of(distribution: str) -> str:
-    """Installed version; empty where there is none."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def is_importable(module: str) -> bool:
@@ -194,8 +184,8 @@ def read_driver() -> Driver:
     if fault:
         return Driver(served, fault=fault if fault != NO_DEVICE else 0)
     cuda.cuDeviceGetCount(ctypes.byref(count))
-    listed = nvidia_smi("--query-gpu=uuid,driver_version,memory.used")
-    processes = nvidia_smi("--query-compute-apps=gpu_uuid,pid")
+    listed = provenance.nvidia_smi("--query-gpu=uuid,driver_version,memory.used")
+    processes = provenance.nvidia_smi("--query-compute-apps=gpu_uuid,pid")
     release = listed[0][1] if listed else ""
     return Driver(served, release, gpus=tuple(with_use(_gpu(cuda, i), listed, processes) for i in range(count.value)))
 

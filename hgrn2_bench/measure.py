@@ -30,11 +30,16 @@ def train_flops_per_token(model: SequenceModel, seq_len: int, labels_per_token: 
     Forward: 2 per weight of every matrix applied to each token (the head only where there are labels), plus each mixer's
     recurrence in its recurrent form (`Mixer.op_flops`); norms and activations are left out.
     """
-    matrices = sum(p.numel() for m in model.blocks.modules() if isinstance(m, nn.Linear | nn.Conv1d) for p in [m.weight])
+    matrices = matrix_weights(model.blocks)
     head = model.head.weight.numel() * labels_per_token
     recurrences = [m.op_flops(seq_len) for m in model.mixers]
     known = [flops for flops in recurrences if flops is not None]
     return 3 * (2 * (matrices + head) + sum(known)) if len(known) == len(recurrences) else None
+
+
+def matrix_weights(module: nn.Module) -> int:
+    """Weights of all matrices that a module applies to each token."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear | nn.Conv1d))
 
 
 @torch.no_grad()

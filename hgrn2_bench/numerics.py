@@ -1,5 +1,6 @@
 """A backend against `reference` on the same inputs: what must hold before its speed means anything."""
 
+import math
 from dataclasses import fields, replace
 
 import torch
@@ -24,8 +25,7 @@ def relative_error(inputs: OpInputs, backend: str, gradients: bool) -> tuple[flo
     The reference runs in float64. Below 1e-20 an error counts against that. NaN counts as infinite.
     """
     want, got = results(_wide(inputs), "reference", gradients), results(inputs, backend, gradients)
-    errors = {name: ((_widened(got[name]) - x).norm() / x.norm().clamp_min(1e-20)).item() for name, x in want.items()}
-    errors = {name: float("inf") if error != error else error for name, error in errors.items()}
+    errors = {name: _error(got[name], x) for name, x in want.items()}
     worst = max(errors, key=lambda name: errors[name])
     return errors[worst], worst
 
@@ -44,8 +44,12 @@ def token_error(before: OpInputs, token: OpInputs, backend: str) -> float:
         got = cache.attend(token, held, torch.tensor([T], device=held[0].device))
     else:
         got, _ = families.run(token, backend, tuple(x.to(torch.complex64 if x.is_complex() else torch.float32) for x in state))
+    return _error(got, want)
+
+
+def _error(got: Tensor, want: Tensor) -> float:
     error = ((_widened(got) - want).norm() / want.norm().clamp_min(1e-20)).item()
-    return error if error == error else float("inf")
+    return float("inf") if math.isnan(error) else error
 
 
 def results(inputs: OpInputs, backend: str, gradients: bool) -> dict[str, Tensor]:

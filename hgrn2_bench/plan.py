@@ -175,8 +175,8 @@ def make_plan(words: Sequence[str], device: str) -> Plan:
         for cell in maker.cells():
             cells.setdefault(cell.key, cell)
         notes |= dict.fromkeys(maker.notes)
-    ordered = taking_turns(cells.values()) if protocol.speed else cells.values()
-    return Plan(protocol, preset_name, tuple(ordered), tuple(notes), frozenset(word.name for word in parsed))
+    ordered = tuple(taking_turns(cells.values()) if protocol.speed else cells.values())
+    return Plan(protocol, preset_name, ordered, tuple(notes), frozenset(word.name for word in parsed))
 
 
 def taking_turns(cells: Collection[Cell]) -> list[Cell]:
@@ -369,8 +369,7 @@ def swept(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
 
 def _departures(section: Any) -> dict[str, Any]:
     """The fields of a section that differ from their defaults."""
-    found = {f.name: (getattr(section, f.name), f.default) for f in dataclasses.fields(section)}
-    return {name: value for name, (value, default) in found.items() if value != default}
+    return {f.name: value for f in dataclasses.fields(section) if (value := getattr(section, f.name)) != f.default}
 
 
 def _own(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:

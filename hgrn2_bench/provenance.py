@@ -13,13 +13,15 @@ PACKAGES = ("hgrn2_bench", "torch", "triton", "flash-linear-attention", "numpy")
 
 def versions() -> dict[str, str]:
     """Installed versions of Python and of the libraries that numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return {"python": platform.python_version()} | {name: version(name) or "not installed" for name in PACKAGES}
+
+
+def version(distribution: str) -> str:
+    """Installed version; empty where there is none."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 @functools.cache
@@ -75,12 +77,10 @@ def device_name(device: str) -> str:
 
 def _gpu_name() -> str:
     """As the driver says it; `none` where it shows no GPU."""
-    if not cuda_devices():
+    driver, name = _driver(), ctypes.create_string_buffer(256)
+    if driver is None or not cuda_devices():
         return "none"
-    driver, handle, name = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0), ctypes.create_string_buffer(256)
-    if driver.cuDeviceGet(ctypes.byref(handle), 0) != 0 or driver.cuDeviceGetName(name, len(name), handle) != 0:
-        return "unknown GPU"
-    return name.value.decode()
+    return name.value.decode() if driver.cuDeviceGetName(name, len(name), 0) == 0 else "unknown GPU"
 
 
 def gpu_state(uuid: str) -> dict[str, str]:

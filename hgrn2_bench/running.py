@@ -83,13 +83,13 @@ class Run:
         if not self.todo:
             return
         check_results(self.results)
-        timed = self.plan.protocol.speed  # at dozens of sizes: each model is built once to see whether it is legal, and costs order nothing
+        timed = self.plan.protocol.speed  # at dozens of sizes: each model is built once to see whether it is legal
         descriptions = self.describe(one_of_each(self.todo) if timed else self.todo)
         if hint:
             print(hint, file=sys.stderr)
         while cells := self.required:
             print(self._opening(cells), file=sys.stderr)
-            ran = self._run_cells(cells, {cell.key: descriptions.get(cell.key, (None, ""))[0] for cell in cells})
+            ran = self._run_cells(cells, {} if timed else {cell.key: descriptions[cell.key][0] for cell in cells})
             self.finished |= ran
             if len(ran) < len(cells):
                 return
@@ -106,10 +106,9 @@ class Run:
 
     def _run_cells(self, cells: Sequence[Cell], about: dict[str, Any]) -> dict[str, list[Row]]:
         """Run the cells, the dearest first unless they take turns, and return their rows."""
-        timed = self.plan.protocol.speed
-        known = {key: None if timed else description for key, description in about.items()}
-        costs = {key: (d.train_flops_per_token or 6 * d.parameters) * d.tokens / 1e12 if d else 1.0 for key, d in known.items()}
-        ordered = cells if timed else sorted(cells, key=lambda cell: -costs[cell.key])
+        costs = {key: (d.train_flops_per_token or 6 * d.parameters) * d.tokens / 1e12 if d else 1.0 for key, d in about.items()}
+        costs = {cell.key: costs.get(cell.key, 1.0) for cell in cells}
+        ordered = sorted(cells, key=lambda cell: -costs[cell.key])  # without costs in the order of the plan
         found: dict[str, list[Row]] = {}
         with Monitor(costs, names(cells)) as monitor:
             try:

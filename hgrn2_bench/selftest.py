@@ -12,7 +12,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hgrn2_bench.measure import kernel
-from hgrn2_bench.numerics import relative_error
+from hgrn2_bench.numerics import relative_error, tensors
 from hgrn2_bench.ops import autotune, families, fla
 from hgrn2_bench.ops.families import OpInputs
 
@@ -59,10 +59,7 @@ def samples() -> dict[str, OpInputs]:
 
 def placed(inputs: OpInputs, device: str, dtype: torch.dtype) -> OpInputs:
     """The inputs on a device, all but the gates in `dtype`."""
-    moved = {}
-    for name in [field.name for field in fields(inputs)]:  # type: ignore[arg-type]
-        if isinstance(x := getattr(inputs, name), Tensor):
-            moved[name] = x.to(device, torch.float32 if name.startswith(WIDE) else dtype)
+    moved = {name: x.to(device, torch.float32 if name.startswith(WIDE) else dtype) for name, x in tensors(inputs).items()}
     return replace(inputs, **moved)  # type: ignore[type-var]
 
 

@@ -138,8 +138,9 @@ def _table(rows: Sequence[Row], protocol: Protocol, asked: str | None) -> Table 
 
 
 def named(row: Row) -> str:
-    """The model; Mamba2 with the kernel that stands in for its own."""
-    return f"{row.model} (simple_gla)" if row.model == "mamba2" and "simple_gla" in str(row.effective.get("kernel")) else row.model
+    """The model, with the kernel that stands in for the one it was published with, where its mixer says so."""
+    other = row.effective.get("stands_in")
+    return f"{row.model} ({other})" if other else row.model
 
 
 def short3(value: float) -> str:

@@ -1,4 +1,4 @@
-"""How long a piece of work takes: cold and warm, with quantiles, against ceilings measured in the same process.
+"""How long a piece of work takes once it is warm, with quantiles, against ceilings measured in the same process.
 
 On a GPU each call is timed with events on the device, behind a pause in which the first calls are queued: a call's time is the device's and
 not that of its launches, unless launching takes longer. On a CPU the wall clock counts. Callers rotate inputs so that no call finds its own
@@ -42,43 +42,30 @@ class Timing:
     """The 10th percentile."""
     high: float
     """The 90th percentile."""
-    first: float
-    """Of the very first call: compiling and tuning kernels are in it."""
     calls: int
     warm_up: int
     """Calls before the sample."""
     steady: bool
     """Whether warm-up ended because two windows in a row agreed."""
 
-    @property
-    def compile_s(self) -> float:
-        """What the first call took beyond a usual one."""
-        return max(0.0, self.first - self.median)
-
 
 @contextlib.contextmanager
 def alone(device: str) -> Iterator[None]:
     """Time on this machine's device with no other run of this program timing there: the others wait."""
-    try:
-        file = (Path(tempfile.gettempdir()) / f"hgrn2_bench-{device}.lock").open("a")
-    except OSError:  # another user's
-        yield
-        return
-    with file:
+    path = Path(tempfile.gettempdir()) / f"hgrn2_bench-{device}.lock"
+    with contextlib.suppress(PermissionError):  # another user's, which can be locked all the same
+        path.touch()
+    with path.open() as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def time_calls(calls: Sequence[Call], device: str, sample_s: float = 0.5, warm_up_s: float = 10.0) -> Timing:
-    """Time the calls in turn as one: each does the same work on inputs of its own.
+    """Time the calls in turn as one: each does the same work on inputs of its own, and has compiled what it needs before.
 
     Warm-up goes on until it is steady, or for `warm_up_s`; the sample takes `sample_s` or MOST_CALLS, and at least WINDOW calls.
     """
     turn = itertools.cycle(calls)
-    began = time.perf_counter()
-    next(turn)()
-    _wait(device)
-    first = time.perf_counter() - began
     windows: list[float] = []
     steady = False
     began = time.perf_counter()
@@ -88,7 +75,7 @@ def time_calls(calls: Sequence[Call], device: str, sample_s: float = 0.5, warm_u
     count = min(MOST_CALLS, max(WINDOW, round(sample_s / max(windows[-1], 1e-9))))
     sample = sorted(_durations(turn, count, device))
     low, high = (sample[round(share * (count - 1))] for share in (0.1, 0.9))
-    return Timing(statistics.median(sample), low, high, first, count, 1 + WINDOW * len(windows), steady)
+    return Timing(statistics.median(sample), low, high, count, WINDOW * len(windows), steady)
 
 
 def _durations(turn: "itertools.cycle[Call]", count: int, device: str) -> list[float]:
@@ -110,7 +97,8 @@ def _durations(turn: "itertools.cycle[Call]", count: int, device: str) -> list[f
     return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)]
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Until the device has done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
 

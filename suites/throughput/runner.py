@@ -220,9 +220,7 @@ class Runner:
     def _layer(self, model: SequenceModel) -> tuple[Sequence[Call], float | None, int]:
         mixer = model.mixers[0]
         flops = self._layer_flops(mixer)
-        if self.config.compile:
-            self._forget_compiled()
-            mixer.compile()
+        self._compile(mixer)
         shape = (self.config.sequences, self.config.seq_len, model.config.d_model)
         shared = {name: x.detach() for name, x in model.shared().items()}
         training = self.config.passes == "training"
@@ -247,15 +245,12 @@ class Runner:
 
     def _layer_flops(self, mixer: Mixer) -> float | None:
         """Forward operations per token: 2 for each weight of a matrix, and the recurrence."""
-        matrices = sum(m.weight.numel() for m in mixer.modules() if isinstance(m, nn.Linear | nn.Conv1d))
         own = mixer.op_flops(self.config.seq_len)
-        return None if own is None else 2.0 * matrices + own
+        return None if own is None else 2.0 * measure.matrix_weights(mixer) + own
 
     def _train(self, model: SequenceModel) -> tuple[Sequence[Call], float | None, int]:
         B, T = self.config.sequences, self.config.seq_len
-        if self.config.compile:
-            self._forget_compiled()
-            model.compile()
+        self._compile(model)
         optimizer = make_optimizer(model.train(), self.cell.train, self.device)
         graph = self.config.graph and self.device == "cuda"
         steps = Steps(model, optimizer, lambda model, batch: model.loss(*batch), self._autocast(), self.cell.train.clip, graph)
@@ -270,9 +265,7 @@ class Runner:
 
     def _prefill(self, model: SequenceModel) -> tuple[Sequence[Call], float | None, int]:
         B, T = self.config.sequences, self.config.seq_len
-        if self.config.compile:
-            self._forget_compiled()
-            model.compile()
+        self._compile(model)
         model = model.to(self.dtype).eval()
         tokens_BT, last = self._tokens(B, T), torch.arange(1, B + 1, device=self.device) * T - 1
         flops = measure.train_flops_per_token(model, T, labels_per_token=1 / T)
@@ -335,22 +328,23 @@ class Runner:
         began = time.perf_counter()
         for _ in range(times):
             given = call()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        timing.wait(self.device)
         self.cold_s += time.perf_counter() - began
         self.cold_calls += times
         return given
 
-    def _forget_compiled(self) -> None:
-        """Drop what torch.compile keeps of earlier cells.
+    def _compile(self, module: nn.Module) -> None:
+        """Compile what is timed, if that is asked for, after dropping what torch keeps of earlier cells.
 
         They share their code: at the second size torch would make it a variable, and at the ninth cell give up and run eagerly.
         """
-        torch.compiler.reset()
+        if self.config.compile:
+            torch.compiler.reset()
+            module.compile()
 
     def _compile_s(self, timed: Timing) -> float:
         """Seconds of all first calls beyond usual ones."""
-        return timed.compile_s + max(0.0, self.cold_s - self.cold_calls * timed.median)
+        return max(0.0, self.cold_s - self.cold_calls * timed.median)
 
     def _account(self, timed: Timing, flops: float | None, nbytes: int) -> dict[str, Any]:
         """How the number came about and how near it is to what the device can do."""
@@ -361,7 +355,6 @@ class Runner:
         return {
             "gpu": self.card,
             "seconds": [timed.low, timed.median, timed.high],
-            "first_s": timed.first,
             "calls": timed.calls,
             "warm_up_calls": timed.warm_up,
             "steady": timed.steady,

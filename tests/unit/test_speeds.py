@@ -5,25 +5,11 @@ import dataclasses
 import pytest
 from test_results import failed, row
 
-from hgrn2_bench.protocol import Protocol
 from hgrn2_bench.render import FORMATS, Score, render
 from hgrn2_bench.speeds import crossover, duration
 from hgrn2_bench.tables import make_tables
+from suites.throughput.protocol import PROTOCOL
 
-PROTOCOL = Protocol(
-    name="throughput",
-    version=1,
-    metric="tokens_per_s",
-    unit="tokens/s",
-    higher_is_better=True,
-    data_schema=object,
-    name_task=str,
-    presets={},
-    tuned=(),
-    speed=True,
-    across="seq_len",
-    beside=("hgrn2", "attention"),
-)
 DETAILS = {"steady": True, "above_ceiling": False, "mode": "eager", "copy_ceiling": 3e12, "matmul_ceiling": 7e14, "roofline": 0.5}
 
 
@@ -130,8 +116,8 @@ def test_settings_of_one_model_are_lines_and_named():
     assert len(table.lines) == 3
 
 
-def test_mamba2_on_another_kernel_is_named_so():
-    table = only([cell(1e6, model="mamba2", effective={"kernel": "fla.chunk_simple_gla"})])
+def test_a_model_on_another_kernel_than_its_own_is_named_so():
+    table = only([cell(1e6, model="mamba2", effective={"kernel": "fla.chunk_simple_gla", "stands_in": "simple_gla"})])
     assert list(shown(table)) == ["mamba2 (simple_gla)"]
 
 

@@ -26,6 +26,7 @@ B, T, PROMPT, VOCAB = 4, 90, 70, 64
 BASE = ModelConfig(d_model=64, num_layers=2, channel_mixer="glu", embed_std=1.0)
 TOLERANCES = {torch.float32: 1e-2, torch.bfloat16: 0.1}
 """Of the deviation of the logits, against one forward pass: another kernel, whose matrix products run in tf32 or bf16."""
+SMALLER = {"based": {"feature_dim": 8}}  # at its 273 features the first configuration, all that is tried here, does not fit the GPU
 
 
 def build(name, conv=4, dtype=torch.float32, settings=None):
@@ -58,7 +59,7 @@ def largest(got, want):
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("name", sorted(registry.models()))
 def test_a_graph_decodes_as_the_eager_loop_does(name, dtype):
-    model = build(name, dtype=dtype)
+    model = build(name, dtype=dtype, settings=SMALLER.get(name))
     graph, eager = (Decoder(model, B, T, graph=on) for on in (True, False))
     for seed in (1, 2):  # the second prompt meets the graph of the first
         got = decode(graph, tokens(seed))

@@ -16,8 +16,8 @@ pytestmark = [
 
 
 def inputs(family):
-    """16 sequences of 2,048 tokens, 8 heads of 128."""
-    q, k, v, logits = torch.randn(4, 16, 2048, 8, 128, device="cuda").unbind(0)
+    """16 sequences of 4,096 tokens, 8 heads of 128."""
+    q, k, v, logits = torch.randn(4, 16, 4096, 8, 128, device="cuda").unbind(0)
     q, k, v = (x.bfloat16() for x in (q, k, v))
     return SoftmaxInputs(q, k, v, scale=128**-0.5) if family == "softmax" else DecayInputs(q, k, v, F.logsigmoid(logits))
 

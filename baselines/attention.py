@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, heads_of, overwrite
-from hgrn2_bench.layers import ShortConv, conv_buffers, split_heads
+from hgrn2_bench.layers import ShortConv, conv_buffers, split_heads, turned
 from hgrn2_bench.ops import cache
 from hgrn2_bench.ops.families import SoftmaxInputs
 
@@ -61,7 +61,8 @@ class Attention(Mixer):
         if self.rope:
             seen = ctx.state["op"][0].shape[1] if ctx.state else 0
             offset = seen if ctx.position is None else ctx.position
-            q, k = rotate(q, offset), rotate(k, offset)
+            table = ctx.table(f"rope {self.head_dim}", lambda: rope_table(offset, q.shape[1], q))
+            q, k = rotate(torch.cat([q, k], 2), table).chunk(2, 2)
         dropout = self.dropout if self.training else 0.0
         return SoftmaxInputs(q_BTHK=q, k_BTHK=k, v_BTHV=v, scale=self.scale, causal=self.causal, dropout=dropout)
 
@@ -71,7 +72,9 @@ class Attention(Mixer):
             raise ValueError("attention decodes in place from a cache and a position: run the prompt first")
         ctx.return_state = True
         x_B1D = x_BD[:, None]
-        o_B1HK = cache.attend(self.project(x_B1D, ctx), ctx.state["op"], ctx.position)
+        inputs, held, position = self.project(x_B1D, ctx), ctx.state["op"], ctx.position
+        mask_1S = ctx.table("mask", lambda: cache.mask(held[0].shape[1], position, inputs.v_BTHV.dtype))
+        o_B1HK = cache.attend(inputs, held, position, mask_1S)
         overwrite(ctx)  # the convolutions' buffers
         return self.readout(o_B1HK, x_B1D)[:, 0]
 
@@ -108,12 +111,16 @@ class Attention(Mixer):
 ROPE_BASE = 10_000.0
 
 
-def rotate(x_BTHK: Tensor, offset: int | Tensor) -> Tensor:
-    """Rotary positions offset, offset + 1, ... applied to the two halves of the last dimension, in float32 or wider; offset may be (1,)."""
-    T, K = x_BTHK.shape[1], x_BTHK.shape[3]
-    dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
-    rate = ROPE_BASE ** (-torch.arange(0, K, 2, device=x_BTHK.device, dtype=dtype) / K)
-    angle_T1K = torch.outer(torch.arange(T, device=x_BTHK.device, dtype=dtype) + offset, rate)[:, None]
-    cos, sin = angle_T1K.cos(), angle_T1K.sin()
-    a, b = x_BTHK.to(dtype).chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x_BTHK.dtype)
+def rope_table(offset: int | Tensor, T: int, like_BTHK: Tensor) -> Tensor:
+    """Cosine and signed sine of positions offset, offset + 1, ..., (2, T, 1, K), in float32 or wider; offset may be (1,)."""
+    K, device = like_BTHK.shape[-1], like_BTHK.device
+    dtype = torch.promote_types(like_BTHK.dtype, torch.float32)
+    rate = ROPE_BASE ** (-torch.arange(0, K, 2, device=device, dtype=dtype) / K)
+    angle_T1J = torch.outer(torch.arange(T, device=device, dtype=dtype) + offset, rate)[:, None]
+    cos, sin = angle_T1J.cos(), angle_T1J.sin()
+    return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
+
+
+def rotate(x_BTHK: Tensor, table_2T1K: Tensor) -> Tensor:
+    """Rotary positions: channel j of the first half of the last dimension is turned with channel j of the second."""
+    return turned(x_BTHK, x_BTHK.roll(x_BTHK.shape[-1] // 2, -1), *table_2T1K)

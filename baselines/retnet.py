@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, expanded_width, heads_of
-from hgrn2_bench.layers import RMSNorm, ShortConv, conv_buffers, split_heads
+from hgrn2_bench.layers import RMSNorm, ShortConv, conv_buffers, split_heads, turned
 from hgrn2_bench.ops.families import ScalarDecayInputs
 
 # microsoft/torchscale, torchscale/architecture: retnet.py (RetNetRelPos) and config.py (RetNetConfig)
@@ -78,8 +78,9 @@ class RetNet(Mixer):
             q, k, v = self.conv_q(q, ctx), self.conv_k(k, ctx), self.conv_v(v, ctx)
         q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))
         if self.rotate:
-            angle_BTJ = angles(self._positions(x_BTD, ctx), self.head_k)
-            q, k = turn(q, angle_BTJ), turn(k, angle_BTJ)
+            position_BT = self._positions(x_BTD, ctx)
+            table = ctx.table(f"retnet {self.head_k}", lambda: turn_table(position_BT, q))
+            q, k = turn(q, table), turn(k, table)
         dtype = torch.promote_types(q.dtype, torch.float32)
         log_f_H = torch.log1p(-torch.exp2(-5.0 - torch.arange(self.num_heads, device=q.device, dtype=dtype)))
         return ScalarDecayInputs(q_BTHK=q, k_BTHK=k, v_BTHV=v, log_f_BTH=log_f_H.expand(q.shape[:-1]), scale=self.scale)
@@ -124,15 +125,18 @@ class RetNet(Mixer):
         }
 
 
-def angles(position_BT: Tensor, K: int) -> Tensor:
-    """The angle of each of the K / 2 channel pairs, (B, T, J): in float64, since it grows with time and only its remainder counts."""
+def turn_table(position_BT: Tensor, like_BTHK: Tensor) -> Tensor:
+    """Cosine and signed sine of every channel's angle, (2, B, T, 1, K), in float32 or wider.
+
+    The angle is taken in float64, since it grows with time and only its remainder counts.
+    """
+    K, dtype = like_BTHK.shape[-1], torch.promote_types(like_BTHK.dtype, torch.float32)
     rate_J = TURN_BASE ** -torch.linspace(0, 1, K // 2, dtype=torch.float64, device=position_BT.device)
-    return position_BT[..., None] * rate_J
+    angle_BT1J = (position_BT[..., None] * rate_J)[:, :, None]
+    cos, sin = angle_BT1J.cos().to(dtype), angle_BT1J.sin().to(dtype)
+    return torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)]).flatten(-2)
 
 
-def turn(x_BTHK: Tensor, angle_BTJ: Tensor) -> Tensor:
-    """Each channel pair (2j, 2j + 1) of every head turned by its angle, in float32 or wider."""
-    dtype = torch.promote_types(x_BTHK.dtype, torch.float32)
-    cos, sin = (t[:, :, None].to(dtype) for t in (angle_BTJ.cos(), angle_BTJ.sin()))
-    a, b = x_BTHK.to(dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).to(x_BTHK.dtype)
+def turn(x_BTHK: Tensor, table_2BT1K: Tensor) -> Tensor:
+    """Each channel pair (2j, 2j + 1) of every head turned by its angle."""
+    return turned(x_BTHK, x_BTHK.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), *table_2BT1K)

@@ -70,10 +70,11 @@ class Decoder:
         if self.batch != B or not 1 <= T <= self.capacity:
             raise ValueError(f"a prompt of shape {(B, T)} does not fit batch={self.batch} and capacity={self.capacity}")
         carry: dict[str, Tensor] = {}
+        tables: dict[str, Tensor] = {}
         with self._autocast():
             x_BTD = self.model.embed(tokens_BT)
             for layer, block in enumerate(self.blocks):
-                ctx = Context(shared=self.shared, carry=carry, return_state=True)
+                ctx = Context(shared=self.shared, carry=carry, tables=tables, return_state=True)
                 x_BTD = block(x_BTD, ctx)
                 self._hold(layer, ctx.next_state)
             self.position.fill_(T)
@@ -139,13 +140,13 @@ class Decoder:
 
     def _eager(self) -> Tensor:
         """One step from the buffers into the buffers; logits (B, V)."""
-        table_PD, carry = self.model.position_table(), dict[str, Tensor]()
+        table_PD, carry, tables = self.model.position_table(), dict[str, Tensor](), dict[str, Tensor]()
         with self._autocast():
             x_BD = self.model.embedding(self.tokens_B)
             if table_PD is not None:
                 x_BD = x_BD + table_PD.index_select(0, self.position)
             for layer, block in enumerate(self.blocks):
-                ctx = Context(shared=self.shared, carry=carry, state=self.states[layer])
+                ctx = Context(shared=self.shared, carry=carry, tables=tables, state=self.states[layer])
                 if self.stays[layer]:
                     ctx.position = self.position
                     x_BD = block.step_in_place(x_BD, ctx)

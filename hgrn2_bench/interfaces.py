@@ -4,7 +4,7 @@ Shape letters: B batch, T time, D width. A mixer's own settings are annotated cl
 (`expand_ratio: int = 128`); the registry reads them from the source text, so they need no import to be listed or checked.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -46,6 +46,8 @@ class Context:
     """Tensors of the whole model; `lower_bound` is (num_layers, D)."""
     carry: dict[str, Tensor] = field(default_factory=dict)
     """What a layer leaves for the layers after it, about the same tokens: one dictionary for all layers of one call."""
+    tables: dict[str, Tensor] = field(default_factory=dict)
+    """What depends on positions alone, and is the same in every layer: one dictionary for all layers of one call."""
     aside: dict[str, Tensor] = field(default_factory=dict)
     """What `project` leaves for `finish` of the same layer."""
     lengths_B: Tensor | None = None
@@ -54,6 +56,12 @@ class Context:
     """How many tokens came before, (1,), where the state's own length does not tell: in `step_in_place`."""
     return_state: bool = False
     next_state: MixerState = field(default_factory=dict)
+
+    def table(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """The table of this name, made by the first layer that asks for it."""
+        if name not in self.tables:
+            self.tables[name] = make()
+        return self.tables[name]
 
 
 class Mixer(nn.Module):

@@ -175,6 +175,14 @@ def split_heads(x_BTD: Tensor, heads: int) -> Tensor:
     return x_BTD.reshape(*x_BTD.shape[:-1], heads, -1)
 
 
+def turned(x_BTHK: Tensor, partner_BTHK: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """Each channel turned towards its partner, x cos + partner * signed sin, in the dtype of the tables; given back in that of x.
+
+    The tables are (.., T, 1, K) in float32 or wider; the sine is negative for the first channel of a pair.
+    """
+    return torch.addcmul(x_BTHK * cos, partner_BTHK, signed_sin).to(x_BTHK.dtype)
+
+
 def l2_norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Vectors of length 1 over the last dimension, x / sqrt(sum of x^2 + eps), computed in float32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

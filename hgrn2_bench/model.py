@@ -178,8 +178,9 @@ class SequenceModel(nn.Module):
         x_BTD = self.embed(tokens_BT)
         shared = self.shared()
         carry: dict[str, Tensor] = {}
+        tables: dict[str, Tensor] = {}
         for block in self.blocks:
-            x_BTD = block(x_BTD, Context(shared=shared, carry=carry, lengths_B=lengths_B))
+            x_BTD = block(x_BTD, Context(shared=shared, carry=carry, tables=tables, lengths_B=lengths_B))
         return self.norm(x_BTD)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def token_error(before: OpInputs, token: OpInputs, backend: str) -> float:
     if isinstance(token, SoftmaxInputs):
         T = state[0].shape[1]
         held = tuple(F.pad(x, (0, 0, 0, 0, 0, cache.bucket(T + 1) - T)).to(token.v_BTHV.dtype) for x in state)
-        got = cache.attend(token, held, torch.tensor([T], device=held[0].device))
+        position = torch.tensor([T], device=held[0].device)
+        got = cache.attend(token, held, position, cache.mask(held[0].shape[1], position, held[0].dtype))
     else:
         got, _ = families.run(token, backend, tuple(x.to(torch.complex64 if x.is_complex() else torch.float32) for x in state))
     return _error(got, want)

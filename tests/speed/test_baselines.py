@@ -23,4 +23,5 @@ GUARDED = GPU_CASES if GPU else CPU_CASES | {"selective_scan": partial(selective
 @pytest.mark.parametrize("family", GUARDED)
 def test_recurrence(hold_speed, family):
     backend, dtype = ("fla", gpu_dtype(family)) if GPU else ("chunked", torch.float32)
-    hold_speed(lambda: training_step(GUARDED[family](), backend, guard.device(), dtype))
+    inputs = GUARDED[family]()
+    hold_speed(lambda: training_step(inputs, backend, guard.device(), dtype))

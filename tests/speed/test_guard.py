@@ -154,7 +154,7 @@ def run_pytest(root, values, *options):
     (root / "tests/speed/test_mine.py").write_text("\n".join(lines))
     words = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/speed", *options]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    environment["PYTHONPATH"] = str(Path(hgrn2_bench.__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(hgrn2_bench.__file__).parents[1]), *sys.path])
     return subprocess.run(words, cwd=root, env=environment, capture_output=True, text=True)
 
 

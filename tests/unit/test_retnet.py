@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from baselines.retnet import RetNet, angles, turn
+from baselines.retnet import RetNet, turn, turn_table
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, MixerSpec
 
@@ -100,7 +100,7 @@ def test_rotation_depends_on_the_distance_alone() -> None:
     q, k = torch.randn(2, 1, 1, 1, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def score(t: int, s: int) -> Tensor:
-        return (turn(q, angles(torch.tensor([[t]]), 16)) * turn(k, angles(torch.tensor([[s]]), 16))).sum()
+        return (turn(q, turn_table(torch.tensor([[t]]), q)) * turn(k, turn_table(torch.tensor([[s]]), k))).sum()
 
     torch.testing.assert_close(score(3, 0), score(100_003, 100_000), rtol=1e-9, atol=1e-9)
     assert not torch.allclose(score(3, 0), score(4, 0))

@@ -1,5 +1,6 @@
 """The rows and tables that the repository keeps: readable, clean, and made from each other."""
 
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,22 @@ def test_readme_shows_the_medians_of_preset_short():
         places = [(task, conv) for conv in (4, 0) for task in ("len64_kv4", "len128_kv8", "len256_kv16")]
         values = [" / ".join(medians[*place, bias] for bias in (0.0, 3.0) if (*place, bias) in medians) for place in places]
         assert f"| {model} | {' | '.join(values)} |" in readme
+
+
+def test_readme_shows_the_milliseconds_of_throughput_short():
+    """Model, then the median of its repeats at the lengths of three tasks."""
+    readme, found = (ROOT / "README.md").read_text(), {}
+    for row in find_rows(RESULTS, "throughput")[0]:
+        if row.preset == "short" and row.metric == "latency":
+            heads = row.settings.get("attention.num_heads")
+            found.setdefault(f"{row.model}, {heads} heads" if heads else row.model, {}).setdefault(
+                (row.settings["kind"], row.settings["seq_len"]), []
+            ).append(row.value)
+    assert len(found) == 8
+    lengths = {"op": (512, 2048, 8192, 32768), "train": (2048, 8192), "decode": (1024, 4096, 16384, 65536)}
+    for name, times in found.items():
+        values = [f"{1e3 * statistics.median(times[kind, T]):.3g}" for kind, ts in lengths.items() for T in ts]
+        assert f"| {name} | {' | '.join(values)} |" in readme
 
 
 def test_table_command_prints_the_kept_tables(tmp_path):

@@ -1,0 +1,51 @@
+"""What every source of data gives: labelled sequences of token ids, or labelled images, held in few arrays.
+
+Shape letters: N items, H height, W width, C channels, S tokens of all items together.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Texts:
+    """N sequences of token ids, one after another."""
+
+    ids_S: np.ndarray
+    """uint8 or int16."""
+    ends_N: np.ndarray
+    """int64: where each sequence ends; it begins where the one before it ends."""
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.ends_N)
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        """The ids of sequence i."""
+        return self.ids_S[self.ends_N[i - 1] if i else 0 : self.ends_N[i]]
+
+    @property
+    def lengths_N(self) -> np.ndarray:
+        """Tokens of each sequence."""
+        return np.diff(self.ends_N, prepend=0)
+
+
+@dataclass(frozen=True)
+class Split:
+    """The items of one split, with what became of those that are not as they were."""
+
+    inputs: Texts | np.ndarray
+    """Sequences, or images uint8 (N, H, W, C)."""
+    labels_N: np.ndarray
+    """int64."""
+    second: Texts | None = None
+    """Of a pair of documents the other one."""
+    truncated: int = 0
+    """Items cut to the greatest length."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Items left out, by reason."""
+
+    def __len__(self) -> int:
+        """Number of items."""
+        return len(self.labels_N)

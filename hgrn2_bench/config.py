@@ -32,11 +32,15 @@ class ModelConfig:
     lower_bound: str = choice("none", "exclusive", "inclusive")
     channel_mixer: str = choice("none", "identity", "mlp", "glu")
     channel_width: int = 0
-    norm: str = choice("layernorm", "rmsnorm")
+    norm: str = choice("layernorm", "rmsnorm", "batchnorm")
+    norm_group: int = 0
+    """Of a batch norm: how many sequences share their statistics in training, as on one GPU of several; 0 for the whole batch."""
     tie_embeddings: bool = False
     embed_std: float = 0.02
     embed_dropout: float = 0.0
     dropout: float = 0.0
+    channel_dropout: float = 0.0
+    """Inside a GLU, on the product of its branches."""
     init: str = choice("mixer", "blanket")
     first_layer: str = "none"
     """A registered model whose mixer takes layer 0 of every model, or `none`."""
@@ -50,8 +54,14 @@ class ModelConfig:
             wide or self.channel_width == 0, f"channel_width={self.channel_width} has no effect with channel_mixer={self.channel_mixer}"
         )
         require(self.channel_width >= 0, f"channel_width={self.channel_width} must be 0 (the usual width) or positive")
-        for name in ("embed_dropout", "dropout"):
+        for name in ("embed_dropout", "dropout", "channel_dropout"):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 0 and less than 1")
+        glu = self.channel_mixer == "glu"
+        require(
+            glu or not self.channel_dropout, f"channel_dropout={self.channel_dropout} has no effect with channel_mixer={self.channel_mixer}"
+        )
+        require(self.norm_group >= 0, f"norm_group={self.norm_group} must be 0 (the whole batch) or positive")
+        require(self.norm == "batchnorm" or not self.norm_group, f"norm_group={self.norm_group} has no effect with norm={self.norm}")
         require(self.embed_std > 0, f"embed_std={self.embed_std} must be positive")
         one = self.first_layer != "none" and self.num_layers == 1
         require(not one, f"first_layer={self.first_layer} would be the only layer: num_layers must be at least 2")
@@ -69,6 +79,10 @@ class TrainConfig:
     epochs: int = 1
     schedule: str = choice("cosine", "cosine_epoch", "constant")
     warmup: float = 0.0
+    warmup_steps: int = 0
+    """In place of `warmup`, a share of all steps."""
+    schedule_steps: int = 0
+    """Where a cosine per step ends, which may be after the last step or before it; 0 for the last step."""
     clip: float = 0.0
     eval_every: int = 0
     eval_batch_size: int = 256
@@ -86,6 +100,11 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("weight_decay", "clip", "eval_every", "stop_at"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        for name in ("warmup_steps", "schedule_steps"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        require(not (self.warmup and self.warmup_steps), f"warmup={self.warmup} and warmup_steps={self.warmup_steps}: give one of them")
+        per_step = self.schedule == "cosine"
+        require(per_step or not self.schedule_steps, f"schedule_steps={self.schedule_steps} has no effect with schedule={self.schedule}")
         require(0 <= self.warmup < 1, f"warmup={self.warmup} is a share of all steps: at least 0 and less than 1")
 
 

@@ -20,7 +20,7 @@ from torch import nn
 from hgrn2_bench import matching, measure, provenance, registry, timing
 from hgrn2_bench.cells import CellFolder, replace_file
 from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.model import SequenceModel
+from hgrn2_bench.model import Backbone
 from hgrn2_bench.ops.tuned import thoroughness
 from hgrn2_bench.plan import Cell, Description, versions
 from hgrn2_bench.protocol import Metric
@@ -59,7 +59,7 @@ class CellRunner(Protocol):
         ...
 
     @staticmethod
-    def build(cell: Cell) -> SequenceModel:
+    def build(cell: Cell) -> Backbone:
         """The untrained model, its weights drawn from torch's global generator: on the CPU, or where a timed cell runs."""
         ...
 
@@ -107,7 +107,7 @@ def runner_class(cell: Cell) -> type[Runner]:
     return found
 
 
-def build(cell: Cell) -> SequenceModel:
+def build(cell: Cell) -> Backbone:
     """The cell's model as its seed makes it. ConfigError where the device is not there or the model's settings are illegal."""
     if cell.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("torch cannot use the GPU that the driver shows (a CPU build, or too old a driver): pass --device cpu")
@@ -115,7 +115,7 @@ def build(cell: Cell) -> SequenceModel:
     return runner_class(cell).build(cell)
 
 
-def describe(cell: Cell, model: SequenceModel, probe: bool = False) -> Description:
+def describe(cell: Cell, model: Backbone, probe: bool = False) -> Description:
     """What a cell's model is and costs; `probe` times it forward and backward on few random tokens of the CPU."""
     shape = runner_class(cell).shape(cell)
     steps, tokens = cell.train.epochs * shape.steps_per_epoch, cell.train.epochs * shape.tokens_per_epoch
@@ -141,18 +141,16 @@ def itemsize(cell: Cell) -> int:
     return 2 if cell.dtype == "bfloat16" else 4
 
 
-def _probe(cell: Cell, model: SequenceModel, shape: Shape) -> float:
+def _probe(cell: Cell, model: Backbone, shape: Shape) -> float:
     """Seconds per token of a forward and backward pass over few random tokens, the faster of two after one warm-up."""
     batch = min(cell.train.batch_size, max(1, PROBE_TOKENS // shape.seq_len))
-    generator = torch.Generator().manual_seed(0)
-    tokens_BT = torch.randint(model.embedding.num_embeddings, (batch, shape.seq_len), generator=generator)
-    where = torch.arange(max(1, round(shape.labels_per_token * tokens_BT.numel())))
+    labels = max(1, round(shape.labels_per_token * batch * shape.seq_len))
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        model.logits(tokens_BT, where).logsumexp(-1).mean().backward()
+        model.probe(batch, shape.seq_len, labels).backward()
         times.append(time.perf_counter() - began)
-    return min(times[1:]) / tokens_BT.numel()
+    return min(times[1:]) / (batch * shape.seq_len)
 
 
 @dataclass

@@ -79,6 +79,54 @@ class RMSNorm(FollowsBackend, nn.RMSNorm):
         return fla.rms_norm(x, self.weight, self.eps)
 
 
+class BatchNorm(nn.Module):
+    """Batch norm of every channel over the tokens of `group` sequences at a time (0: the whole batch), (B, T, D) -> (B, T, D).
+
+    With as many sequences as one of several GPUs had, one GPU has the statistics that those had (ghost batch norm, arXiv 1705.08741).
+    Padding counts neither in them nor in the running ones, which move by a tenth towards the mean over the groups.
+    """
+
+    EPS, MOMENTUM = 1e-5, 0.1
+    mean_D: Tensor
+    var_D: Tensor
+
+    def __init__(self, channels: int, group: int = 0) -> None:
+        super().__init__()
+        self.group = group
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("mean_D", torch.zeros(channels))
+        self.register_buffer("var_D", torch.ones(channels))
+
+    def forward(self, x_BTD: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+        """Normalise; in training by the statistics of each group, a last one of fewer sequences included."""
+        if not self.training:
+            return self._scaled(x_BTD, self.mean_D, self.var_D)
+        parts = x_BTD.split(self.group or len(x_BTD))
+        lengths = [None] * len(parts) if lengths_B is None else lengths_B.split(self.group or len(x_BTD))
+        found = [self._statistics(x, given) for x, given in zip(parts, lengths, strict=True)]
+        with torch.no_grad():
+            self.mean_D.lerp_(torch.stack([mean for mean, _, _ in found]).mean(0), self.MOMENTUM)
+            self.var_D.lerp_(torch.stack([unbiased for _, _, unbiased in found]).mean(0), self.MOMENTUM)
+        return torch.cat([self._scaled(x, mean, var) for x, (mean, var, _) in zip(parts, found, strict=True)])
+
+    def _statistics(self, x_BTD: Tensor, lengths_B: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, biased variance, and unbiased one of each channel, in float32 or wider."""
+        x = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
+        count: Tensor | int
+        if lengths_B is None:
+            count = x[..., 0].numel()
+            var, mean = torch.var_mean(x, (0, 1), correction=0)
+        else:
+            real_BT1 = (torch.arange(x.shape[1], device=x.device) < lengths_B[:, None])[..., None]
+            count = real_BT1.sum()
+            mean = (x * real_BT1).sum((0, 1)) / count
+            var = ((x - mean).square() * real_BT1).sum((0, 1)) / count
+        return mean, var, var * (count / (count - 1))
+
+    def _scaled(self, x_BTD: Tensor, mean_D: Tensor, var_D: Tensor) -> Tensor:
+        return (x_BTD - mean_D) * ((var_D + self.EPS).rsqrt() * self.weight) + self.bias
+
+
 class ShortConv(FollowsBackend, nn.Module):
     """Causal depthwise convolution of width W over time, (B, T, D) -> (B, T, D); decoding keeps the last W - 1 inputs.
 

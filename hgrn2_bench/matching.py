@@ -30,7 +30,7 @@ from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.plan import Cell, Plan, swept
 
 if TYPE_CHECKING:
-    from hgrn2_bench.model import SequenceModel
+    from hgrn2_bench.model import Backbone
 
 SHORTEST_GAP = 1024
 """The search gives up after so many illegal numbers in a row, or twice the width: what divides a width has no longer gaps."""
@@ -206,7 +206,7 @@ def report(matches: Sequence[Match]) -> str:
 # Counting and solving, in a worker
 
 
-def size(cell: Cell, model: "SequenceModel") -> int:
+def size(cell: Cell, model: "Backbone") -> int:
     """What the cell's match counts, of a built model."""
     from hgrn2_bench import engine, measure
 
@@ -215,7 +215,7 @@ def size(cell: Cell, model: "SequenceModel") -> int:
     return measure.state_bytes(model, cell.matching.match_len, engine.itemsize(cell))
 
 
-def facts(cell: Cell, model: "SequenceModel") -> dict[str, Any]:
+def facts(cell: Cell, model: "Backbone") -> dict[str, Any]:
     """What sizes a built model, the size reached and the residual, for its rows; nothing for a cell without a match."""
     if cell.matching.match == "none":
         return {}

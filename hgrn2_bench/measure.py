@@ -8,30 +8,30 @@ from torch import Tensor, nn
 
 from hgrn2_bench.interfaces import Context, Mixer
 from hgrn2_bench.layers import ShortConv, conv_names
-from hgrn2_bench.model import SequenceModel
+from hgrn2_bench.model import Backbone
 from hgrn2_bench.ops import families
 
 
-def parameters(model: SequenceModel) -> tuple[int, int]:
+def parameters(model: Backbone) -> tuple[int, int]:
     """All parameters, and those that are no embedding: token and position tables and the output head left out. Tied tensors count once."""
     total = sum(p.numel() for p in model.parameters())
-    tables = {id(m.weight): m.weight.numel() for m in (model.embedding, model.position, model.head) if m is not None}
+    tables = {id(p): p.numel() for m in (model.embedding, model.position, model.head) if m is not None for p in m.parameters()}
     return total, total - sum(tables.values())
 
 
-def state_bytes(model: SequenceModel, seq_len: int, itemsize: int = 4) -> int:
+def state_bytes(model: Backbone, seq_len: int, itemsize: int = 4) -> int:
     """Bytes that decoding holds for one sequence after `seq_len` tokens, summed over layers; activations take `itemsize` bytes."""
     return sum(m.state_size(seq_len, itemsize) for m in model.mixers)
 
 
-def train_flops_per_token(model: SequenceModel, seq_len: int, labels_per_token: float = 1.0) -> float | None:
+def train_flops_per_token(model: Backbone, seq_len: int, labels_per_token: float = 1.0) -> float | None:
     """Training FLOPs per token, three times the forward pass; None where a plain module's own work cannot be known.
 
     Forward: 2 per weight of every matrix applied to each token (the head only where there are labels), plus each mixer's
     recurrence in its recurrent form (`Mixer.op_flops`); norms and activations are left out.
     """
     matrices = matrix_weights(model.blocks)
-    head = model.head.weight.numel() * labels_per_token
+    head = matrix_weights(model.head) * labels_per_token
     recurrences = [m.op_flops(seq_len) for m in model.mixers]
     known = [flops for flops in recurrences if flops is not None]
     return 3 * (2 * (matrices + head) + sum(known)) if len(known) == len(recurrences) else None
@@ -43,11 +43,11 @@ def matrix_weights(module: nn.Module) -> int:
 
 
 @torch.no_grad()
-def sample_inputs(model: SequenceModel, mixer: Mixer, seq_len: int = 64) -> families.OpInputs | None:
+def sample_inputs(model: Backbone, mixer: Mixer, seq_len: int = 64) -> families.OpInputs | None:
     """What a mixer of the model hands to its recurrence on standard normal input; None for a plain module."""
     if not mixer.family:
         return None
-    x_BTD = torch.randn(4, seq_len, model.config.d_model, generator=torch.Generator().manual_seed(0)).to(model.embedding.weight)
+    x_BTD = torch.randn(4, seq_len, model.config.d_model, generator=torch.Generator().manual_seed(0)).to(next(model.embedding.parameters()))
     return mixer.project(x_BTD, Context(shared=model.shared()))
 
 
@@ -67,7 +67,7 @@ def log_decay_of(inputs: families.OpInputs) -> Tensor | None:
     return None
 
 
-def effective(model: SequenceModel) -> dict[str, Any]:
+def effective(model: Backbone) -> dict[str, Any]:
     """What was really built: the mixer's own word, and what the core knows of kernel, positions, local mixing and decay.
 
     Where the layers hold several mixers, `layers` names them all, and a fact in which they differ is told of each: `hgrn2: 1; gla: 4`.
@@ -90,7 +90,7 @@ def _joined(values: Mapping[str, Any], parts: int) -> Any:
     return "; ".join(f"{label}: {value}" for label, value in values.items())
 
 
-def _effective(model: SequenceModel, mixer: Mixer) -> dict[str, Any]:
+def _effective(model: Backbone, mixer: Mixer) -> dict[str, Any]:
     inputs = sample_inputs(model, mixer)
     decay = None if inputs is None else log_decay_of(inputs)
     recurrent = mixer.family not in ("", "softmax")
@@ -108,14 +108,16 @@ def _effective(model: SequenceModel, mixer: Mixer) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def is_causal(model: SequenceModel, mixer: Mixer, seq_len: int = 16) -> bool | None:
+def is_causal(model: Backbone, mixer: Mixer, seq_len: int = 16) -> bool | None:
     """Whether a changed last token leaves a mixer's earlier outputs as they were; None on fla, whose kernels need a GPU."""
     if mixer.spec.backend == "fla":
         return None
     was_training = mixer.training
     mixer.eval()
     seq_len = min(seq_len, mixer.spec.max_len or seq_len)
-    x_BTD = torch.randn(2, seq_len, model.config.d_model, generator=torch.Generator().manual_seed(0)).to(model.embedding.weight.device)
+    x_BTD = torch.randn(2, seq_len, model.config.d_model, generator=torch.Generator().manual_seed(0)).to(
+        next(model.embedding.parameters()).device
+    )
     changed_BTD = x_BTD.clone()
     changed_BTD[:, -1] += 1.0
     y_BTD, other_BTD = (mixer(x, Context(shared=model.shared()))[:, :-1] for x in (x_BTD, changed_BTD))

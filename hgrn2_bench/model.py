@@ -8,8 +8,8 @@ Shape letters: B batch, T time, D width, V vocabulary, L layers, M positions wit
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from hgrn2_bench import registry
 from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec
-from hgrn2_bench.layers import FollowsBackend, LayerNorm, RMSNorm
+from hgrn2_bench.layers import BatchNorm, FollowsBackend, LayerNorm, RMSNorm
 
 
 def mixer_spec(config: ModelConfig, layer: int, backend: str, settings: Mapping[str, Any], max_len: int) -> MixerSpec:
@@ -48,13 +48,14 @@ def _name(mixer: type[Mixer]) -> str:
 class GLU(nn.Module):
     """Gated linear unit, W3(silu(W1 x) * W2 x) with biases, (..., D) -> (..., D) (arXiv 2002.05202, as in HGRN2's code)."""
 
-    def __init__(self, d_model: int, width: int) -> None:
+    def __init__(self, d_model: int, width: int, dropout: float = 0.0) -> None:
         super().__init__()
         self.gate, self.up, self.down = nn.Linear(d_model, width), nn.Linear(d_model, width), nn.Linear(width, d_model)
+        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the unit."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(self.dropout(F.silu(self.gate(x)) * self.up(x)))
 
 
 class MLP(nn.Module):
@@ -79,13 +80,21 @@ def channel_mixer(config: ModelConfig) -> nn.Module | None:
     if config.channel_mixer == "mlp":
         return MLP(d, config.channel_width or 4 * d)
     if config.channel_mixer == "glu":
-        return GLU(d, config.channel_width or 8 * math.ceil(d / 3))
+        return GLU(d, config.channel_width or 8 * math.ceil(d / 3), config.channel_dropout)
     return nn.Identity() if config.channel_mixer == "identity" else None
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
     """The norm that the protocol uses before every mixer and before the head."""
+    if config.norm == "batchnorm":
+        return BatchNorm(config.d_model, config.norm_group)
     return LayerNorm(config.d_model) if config.norm == "layernorm" else RMSNorm(config.d_model, eps=1e-5)
+
+
+def normed(norm: nn.Module, x: Tensor, lengths_B: Tensor | None) -> Tensor:
+    """`norm(x)`; a batch norm is told where the padding begins."""
+    out: Tensor = norm(x, lengths_B) if isinstance(norm, BatchNorm) else norm(x)
+    return out
 
 
 class Block(nn.Module):
@@ -100,17 +109,17 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """Mix over time, then over channels."""
-        return self.add(x_BTD, self.mixer(self.mixer_norm(x_BTD), ctx))
+        return self.add(x_BTD, self.mixer(normed(self.mixer_norm, x_BTD, ctx.lengths_B), ctx), ctx.lengths_B)
 
     def step_in_place(self, x_BD: Tensor, ctx: Context) -> Tensor:
         """The same for one token, (B, D) to (B, D), with the state as in `Mixer.step_in_place`."""
         return self.add(x_BD, self.mixer.step_in_place(self.mixer_norm(x_BD), ctx))
 
-    def add(self, x: Tensor, mixed: Tensor) -> Tensor:
+    def add(self, x: Tensor, mixed: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """The residual with what the mixer gave, then with what the channel mixer makes of it; (..., D) each."""
         x = x + self.dropout(mixed)
         if self.channel is not None and self.channel_norm is not None:
-            x = x + self.dropout(self.channel(self.channel_norm(x)))
+            x = x + self.dropout(self.channel(normed(self.channel_norm, x, lengths_B)))
         return x
 
 
@@ -130,15 +139,18 @@ def bounds(table_LD: Tensor, kind: str) -> Tensor:
     return summed_LD - share_LD[0] if kind == "inclusive" else summed_LD - share_LD
 
 
-class SequenceModel(nn.Module):
-    """Token ids (B, T) to hidden states (B, T, D) or to logits at chosen positions (M, V)."""
+class Backbone(nn.Module):
+    """Inputs (B, T) or (B, T, C) to hidden states (B, T, D): all but what a task reads from them."""
+
+    embedding: nn.Module
+    head: nn.Module
 
     def __init__(
-        self, config: ModelConfig, mixer: type[Mixer], settings: Mapping[str, Any], backend: str, vocab_size: int, max_len: int
+        self, config: ModelConfig, mixer: type[Mixer], settings: Mapping[str, Any], backend: str, max_len: int, ends: "Ends"
     ) -> None:
         super().__init__()
         self.config, self.backend = config, backend
-        self.embedding = nn.Embedding(vocab_size, config.d_model)
+        self.embedding = ends.embedding()
         self.position = nn.Embedding(max_len, config.d_model) if config.positions == "learned" else None
         if config.positions == "sinusoid":
             self.register_buffer("sinusoid", sinusoid(max_len, config.d_model), persistent=False)
@@ -146,7 +158,7 @@ class SequenceModel(nn.Module):
         specs = [mixer_spec(config, layer, backend, settings, max_len) for layer in range(config.num_layers)]
         self.blocks = nn.ModuleList(Block(config, make_mixer(config, mixer, spec)) for spec in specs)
         self.norm = make_norm(config)
-        self.head = nn.Linear(config.d_model, vocab_size, bias=False)
+        self.head = ends.head()
         self.embed_dropout = nn.Dropout(config.embed_dropout)
         for module in self.modules():
             if isinstance(module, FollowsBackend):
@@ -159,7 +171,7 @@ class SequenceModel(nn.Module):
         Blanket: standard deviation 0.02, biases 0, output projections 0.02 / sqrt(2 L). It erases what a mixer set itself (Mamba's dt).
         """
         for table in (self.embedding, self.position):
-            if table is not None:
+            if isinstance(table, nn.Embedding):
                 nn.init.normal_(table.weight, std=self.config.embed_std)
         if self.config.init == "blanket":
             for name, module in self.named_modules():
@@ -170,22 +182,20 @@ class SequenceModel(nn.Module):
                         nn.init.zeros_(module.bias)
             for mixer in self.mixers:
                 mixer.init_forget_bias()
-        if self.config.tie_embeddings:
-            self.head.weight = self.embedding.weight
 
-    def forward(self, tokens_BT: Tensor, lengths_B: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) after the final norm. ValueError where the sequence is longer than the table of positions."""
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = self.embed(inputs)
         shared = self.shared()
         carry: dict[str, Tensor] = {}
         tables: dict[str, Tensor] = {}
         for block in self.blocks:
             x_BTD = block(x_BTD, Context(shared=shared, carry=carry, tables=tables, lengths_B=lengths_B))
-        return self.norm(x_BTD)
+        return normed(self.norm, x_BTD, lengths_B)
 
-    def embed(self, tokens_BT: Tensor) -> Tensor:
-        """Embedded tokens with their positions from 0 on, (B, T, D). ValueError where the table of positions has fewer."""
-        x_BTD, table_PD, T = self.embedding(tokens_BT), self.position_table(), tokens_BT.shape[1]
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Embedded inputs with their positions from 0 on, (B, T, D). ValueError where the table of positions has fewer."""
+        x_BTD, table_PD, T = self.embedding(inputs), self.position_table(), inputs.shape[1]
         if table_PD is not None:
             if len(table_PD) < T:
                 raise ValueError(f"{T} tokens, but positions={self.config.positions} knows only {len(table_PD)}")
@@ -202,6 +212,44 @@ class SequenceModel(nn.Module):
         """Tensors that all mixers see."""
         return {} if self.bound_table is None else {"lower_bound": bounds(self.bound_table, self.config.lower_bound)}
 
+    @property
+    def mixers(self) -> list[Mixer]:
+        """The mixer of every layer."""
+        return [block.mixer for block in self.blocks if isinstance(block, Block)]
+
+    def probe(self, B: int, T: int, labels: int) -> Tensor:
+        """The loss of a batch of random inputs of B sequences with so many labels, of which only the time counts."""
+        raise NotImplementedError(f"{type(self).__name__} has no probe")
+
+
+@dataclass(frozen=True)
+class Ends:
+    """What a task puts before and after the blocks, made in this order between the other parameters."""
+
+    embedding: Callable[[], nn.Module]
+    head: Callable[[], nn.Module]
+
+
+class SequenceModel(Backbone):
+    """Token ids (B, T) to logits at chosen positions (M, V)."""
+
+    embedding: nn.Embedding
+    head: nn.Linear
+
+    def __init__(
+        self, config: ModelConfig, mixer: type[Mixer], settings: Mapping[str, Any], backend: str, vocab_size: int, max_len: int
+    ) -> None:
+        D = config.d_model
+        ends = Ends(lambda: nn.Embedding(vocab_size, D), lambda: nn.Linear(D, vocab_size, bias=False))
+        super().__init__(config, mixer, settings, backend, max_len, ends)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def probe(self, B: int, T: int, labels: int) -> Tensor:
+        """The loss at the first `labels` positions of a batch of random tokens."""
+        tokens_BT = torch.randint(self.embedding.num_embeddings, (B, T), generator=torch.Generator().manual_seed(0))
+        return self.logits(tokens_BT, torch.arange(labels)).logsumexp(-1).mean()
+
     def logits(self, tokens_BT: Tensor, where: Tensor) -> Tensor:
         """Logits (M, V) at the M flat positions `where` of (B, T), in row order."""
         x_MD = self(tokens_BT).flatten(0, 1).index_select(0, where)  # its backward sorts nothing, that of x[where] does
@@ -215,11 +263,6 @@ class SequenceModel(nn.Module):
 
             return fla.cross_entropy(logits_MV, labels_M)
         return F.cross_entropy(logits_MV.float(), labels_M)
-
-    @property
-    def mixers(self) -> list[Mixer]:
-        """The mixer of every layer."""
-        return [block.mixer for block in self.blocks if isinstance(block, Block)]
 
 
 OUTPUT_PROJECTIONS = ("out_proj", "o_proj", "down")

@@ -92,14 +92,17 @@ def make_optimizer(model: nn.Module, config: TrainConfig, device: str) -> torch.
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int, steps_per_epoch: int) -> float:
-    """Learning rate of 0-based `step` of `steps`: linear warm-up, then cosine to 0 per step or per epoch, or constant."""
-    warm = round(config.warmup * steps)
+    """Learning rate of 0-based `step` of `steps`: linear warm-up, then cosine to 0 per step or per epoch, or constant.
+
+    A cosine that ends before the last step rises again after its end, as transformers' `get_cosine_schedule_with_warmup` does.
+    """
+    warm = config.warmup_steps or round(config.warmup * steps)
     if step < warm:
         return config.lr * (step + 1) / warm
     if config.schedule == "constant":
         return config.lr
     by_epoch = config.schedule == "cosine_epoch"
-    share = step // steps_per_epoch / config.epochs if by_epoch else (step - warm) / max(1, steps - warm)
+    share = step // steps_per_epoch / config.epochs if by_epoch else (step - warm) / max(1, (config.schedule_steps or steps) - warm)
     return config.lr * 0.5 * (1 + math.cos(math.pi * share))
 
 

@@ -625,6 +625,12 @@ def changed(value, choices):
 BASE = one("model=hgrn2", "lower_bound=exclusive", "channel_mixer=glu", "num_layers=2")
 SECTIONS = ("model_config", "train", "data")
 MIXED = {"train_examples": 180_000, "validation_examples": 7_000, "test_examples": 7_000}  # what mixture=based draws
+BESIDE = {
+    "mixture": {"seq_len": 1024, "num_pairs": 256, "vocab_size": 8192, **MIXED},
+    "norm_group": {"norm": "batchnorm"},
+    "warmup_steps": {"warmup": 0.0},
+}
+"""What a field needs beside it to have an effect."""
 INNER = [(section, f.name) for section in SECTIONS for f in dataclasses.fields(getattr(BASE, section))]
 OUTER = [f.name for f in dataclasses.fields(Cell) if f.name not in (*SECTIONS, "settings", "model_ref", "command", "matching")]
 
@@ -633,7 +639,7 @@ OUTER = [f.name for f in dataclasses.fields(Cell) if f.name not in (*SECTIONS, "
 def test_a_key_changes_with_every_setting(section, name):
     old = getattr(BASE, section)
     choices = type(old).__dataclass_fields__[name].metadata.get("choices")
-    with_it = {"seq_len": 1024, "num_pairs": 256, "vocab_size": 8192, **MIXED} if name == "mixture" else {}
+    with_it = BESIDE.get(name, {})
     same = dataclasses.replace(BASE, **{section: dataclasses.replace(old, **with_it)})
     new = dataclasses.replace(old, **{name: changed(getattr(old, name), choices)}, **with_it)
     assert same.key != dataclasses.replace(BASE, **{section: new}).key

@@ -90,7 +90,8 @@ class TrainConfig:
     select: str = choice("validation", "test")
     tune_on: str = choice("every_seed", "first_seed")
     """With `first_seed` the tuning grid is run on the lowest seed alone, and its best point on the others."""
-    keep: str = choice("last", "best")
+    keep: str = choice("last", "best", "both")
+    """Which weights are measured at the end; `both` gives rows of the best ones too, on splits `validation_best` and `test_best`."""
     cuda_graph: bool = True
     """On a GPU: replay the training step as one CUDA graph. Off for debugging, and to see what it saves."""
 

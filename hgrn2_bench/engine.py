@@ -261,7 +261,11 @@ def _train_and_measure(
             facts.peak_bytes = int(torch.cuda.max_memory_allocated())
     model.eval()
     facts.weights_hash = weights_hash(model)
-    return list(runner.report(model))
+    metrics = list(runner.report(model))
+    if cell.train.keep == "both" and trainer.best_weights is not None:
+        model.load_state_dict(trainer.best_weights)
+        metrics += [dataclasses.replace(metric, split=f"{metric.split}_best") for metric in runner.report(model)]
+    return metrics
 
 
 def _measure(cell: Cell, model: nn.Module, runner: Any, facts: Facts) -> list[Metric]:

@@ -151,8 +151,11 @@ def axis_name(word: Word, model: registry.Model) -> str:
     return word.name if word.owner and word.key in {f.name for f in dataclasses.fields(model.settings)} else word.key
 
 
-def make_plan(words: Sequence[str], device: str) -> Plan:
-    """Turn a user's words into cells for a `device` type (cpu or cuda). ConfigError, one line, for anything that cannot run."""
+def make_plan(words: Sequence[str], device: str, files: bool = True) -> Plan:
+    """Turn a user's words into cells for a `device` type (cpu or cuda). ConfigError, one line, for anything that cannot run.
+
+    Without `files` no data file is looked at: cells that need some have no fingerprint, and are not for running.
+    """
     parsed = parse_words(words)
     protocol, preset_name, preset = _protocol_and_preset(parsed)
     given = {word.key: word for word in parsed if not word.owner}
@@ -171,7 +174,8 @@ def make_plan(words: Sequence[str], device: str) -> Plan:
         axes = _Axes()
         for layer in (preset_words, parse_words(preset.tasks[task]), parsed):
             axes.apply(layer, model)
-        maker = _CellMaker(protocol, preset_name, task, model, str(ref), device, parsed, axes)
+        planned = protocol if files else dataclasses.replace(protocol, fingerprint=None)
+        maker = _CellMaker(planned, preset_name, task, model, str(ref), device, parsed, axes)
         for cell in maker.cells():
             cells.setdefault(cell.key, cell)
         notes |= dict.fromkeys(maker.notes)
@@ -315,6 +319,8 @@ class _CellMaker:
         own = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
         settings = dataclasses.asdict(self.model.settings(**own))
         cell: CellConfig = built.pop("cell")
+        if self.protocol.fingerprint is not None:
+            built["data"] = dataclasses.replace(built["data"], fingerprint=self.protocol.fingerprint(built["data"]))
         task = self.protocol.name_task(built["data"])
         return Cell(
             suite=self.protocol.name,

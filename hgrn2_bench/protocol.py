@@ -68,6 +68,11 @@ class Protocol:
     name_task: Callable[[Any], str]
     """The task's name from its data settings, so that a row's task always says what was run."""
     presets: Mapping[str, Preset]
+    fingerprint: Callable[[Any], str] | None = None
+    """Of a suite that reads files: what tells those of these data settings from any others; planning puts it into their `fingerprint`.
+
+    ConfigError where there are none.
+    """
     tuned: tuple[str, ...] = ("lr",)
     """Keys of the tuning grid: the table reports the best value of each, chosen on the selection split."""
     budget: tuple[str, ...] = ()
@@ -80,6 +85,8 @@ class Protocol:
     """Of a suite that times: the key whose values are the columns of its tables."""
     beside: tuple[str, str] = ("", "")
     """Of a suite that times: two models, of which the table says from where on the first is faster."""
+    averaged: tuple[str, tuple[str, ...]] = ("", ())
+    """A setting that names the tasks, and the values over all of which, and no fewer, a model has an average."""
     figures: tuple[Figure, ...] = ()
     """What `plot` draws."""
     idle: tuple[str, ...] = ()

@@ -21,7 +21,7 @@ from hgrn2_bench.tables import half_interval
 
 TOLERANCE = 0.01
 """Reading error of a value taken off a figure, unless its note says another."""
-FREE = ("seed", "cuda_graph")
+FREE = ("seed", "cuda_graph", "fingerprint")
 """Settings that a row may have otherwise than its preset, as it may the tuned keys, backend and device."""
 
 
@@ -107,7 +107,7 @@ def departures(row: Row, protocol: Protocol) -> str:
 def preset_settings(suite: str, preset: str, task: str, model: str) -> Mapping[str, list[Any]]:
     """Every value that a preset's own words give to each setting of one model, as rows hold them."""
     found: dict[str, list[Any]] = {}
-    for cell in make_plan([f"suite={suite}", f"preset={preset}", f"task={task}", f"model={model}"], "cpu").cells:
+    for cell in make_plan([f"suite={suite}", f"preset={preset}", f"task={task}", f"model={model}"], "cpu", files=False).cells:
         for key, value in json.loads(json.dumps({**cell.fields(), "dtype": cell.dtype})).items():
             tried = found.setdefault(key, [])
             tried += [] if value in tried else [value]
@@ -124,8 +124,8 @@ def _tuning(ours: Line, runs: Sequence[Run]) -> list[str]:
 
 def _same(line: dict[str, str], row: Row) -> bool:
     """Whether a published value and a row are of one model, task and width; BaseConv, base_conv and Base-Conv are one name."""
-    task = {row.task, f"{row.task}_d{row.settings.get('d_model')}"}
-    return line["task"] in task and _plain(line["model"]) == _plain(row.model)
+    task = {_plain(row.task), _plain(f"{row.task}_d{row.settings.get('d_model')}")}
+    return _plain(line["task"]) in task and _plain(line["model"]) == _plain(row.model)
 
 
 def _plain(name: str) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hgrn2_bench import fairness
+from hgrn2_bench.averages import averages
 from hgrn2_bench.lines import Line, Run, as_published, beats_floors, best_lines, chosen_on, commits, comparable, learned, settings_of
 from hgrn2_bench.protocol import Protocol
 from hgrn2_bench.render import Column, Score, Table, byte_count, count, short
@@ -20,6 +21,8 @@ from hgrn2_bench.speeds import speed_tables
 
 PAIRS_NEEDED = 5
 """Paired seeds from which two models may be called not distinguishable."""
+BEST = "test_best"
+"""The split on which weights stand that were the best on validation, where a run measured both (`keep=both`)."""
 SHOWN_BY_COLUMN = ("conv", "positions", "seed")
 
 
@@ -28,7 +31,8 @@ def make_tables(rows: Iterable[Row], protocol: Protocol, metric: str | None = No
     if protocol.speed:
         return speed_tables(rows, protocol, metric)
     metric = metric or protocol.metric
-    return [_table(part.runs, protocol, metric, part.apart) for part in comparable(rows, protocol, metric)]
+    parts = comparable(rows, protocol, metric)
+    return [*(_table(part.runs, protocol, metric, part.apart) for part in parts), *averages(parts, protocol, metric)]
 
 
 def summary(line: Line, solved: float | None) -> str:
@@ -120,6 +124,8 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
         *[Column("off the match", fairness.percent)] * bool(matched),
     ]
     columns += [Column("local mixing"), Column("positions"), Column(f"{metric}, seed{'s' * (len(seeds) > 1)} {_listed(seeds)}")]
+    kept_both = any(BEST in run.splits for line in lines for run in line.runs)
+    columns += [Column(f"{metric} at the best validation")] * kept_both
     columns += [Column("tokens/s", count)] * one_device + [Column("status")]
     body = [
         (
@@ -130,12 +136,19 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
             *[fairness.miss(line.first)] * bool(matched),
             *_costs(line.first)[4:],
             Score(summary(line, protocol.solved), {run.row.seed: run.value for run in line.runs}),
+            *([_at_best(line)] * kept_both),
             *([_speed(line)] * one_device),
             _status(line, best, seeds, protocol),
         )
         for line in lines
     ]
     return Table(title, tuple(columns), tuple(body), tuple(_notes(lines, protocol, why, one_device)))
+
+
+def _at_best(line: Line) -> str:
+    """Test values of the weights with the best validation, in seed order."""
+    found = [run.splits.get(BEST) for run in line.runs]
+    return ", ".join("–" if row is None or row.value is None else f"{row.value:.3f}" for row in found)
 
 
 def _costs(row: Row) -> tuple[Any, ...]:

@@ -198,7 +198,7 @@ class Trainer:
         self._append({"step": at.step, f"{config.select}_score": at.score})
         if at.score > at.best:
             at.best = at.score
-            if config.keep == "best":
+            if config.keep != "last":
                 self.best_weights = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
         at.stopped = bool(config.stop_at) and at.score > config.stop_at
         self.window_began = time.perf_counter()

@@ -10,6 +10,7 @@ from torch import nn
 from hgrn2_bench import trainer as trainer_module
 from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.config import TrainConfig
+from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Mixer
 from hgrn2_bench.plan import make_plan
 from hgrn2_bench.trainer import DivergedError, InterruptedTrainingError, Trainer, learning_rate, make_optimizer
@@ -183,3 +184,25 @@ def test_bfloat16_keeps_weights_and_optimizer_state_in_float32(folder):
     assert {p.dtype for p in made.model.parameters()} == {torch.float32}
     states = [v for state in made.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
     assert {v.dtype for v in states} == {torch.float32}
+
+
+def test_a_schedule_of_its_own_length():
+    """As transformers' get_cosine_schedule_with_warmup: HGRN2's run on Text ends at 0.952 of its peak, that on Image past its end."""
+    text = TrainConfig(lr=1.0, warmup_steps=10_000, schedule_steps=50_000)
+    assert learning_rate(text, 15_600, 15_600, 390) == pytest.approx(0.952, abs=1e-3)
+    image = TrainConfig(lr=1.0, warmup_steps=30_000, schedule_steps=50_000)
+    assert learning_rate(image, 52_725, 52_725, 703) == pytest.approx(0.045, abs=1e-3)
+    assert learning_rate(text, 999, 15_600, 390) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"warmup": 0.1, "warmup_steps": 5}, "warmup=0.1 and warmup_steps=5: give one of them"),
+        ({"schedule": "constant", "schedule_steps": 5}, "schedule_steps=5 has no effect with schedule=constant"),
+        ({"warmup_steps": -1}, "warmup_steps=-1 must not be negative"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**words)

@@ -1,0 +1,142 @@
+"""The splits of a cell's task, from files, from a generator, or invented."""
+
+import functools
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from hgrn2_bench.errors import ConfigError
+from suites.lra import listops, pathfinder, readers, shards, standins
+from suites.lra.files import cache_folder, data_folder
+from suites.lra.items import Split, Texts
+from suites.lra.protocol import LRAConfig
+
+SIZES = {
+    # items of train, validation and test: state-spaces/s4, files of the archive
+    "listops": (96_000, 2_000, 2_000),
+    "text": (25_000, 25_000, 25_000),
+    "retrieval": (147_086, 18_090, 17_437),
+    "image": (45_000, 5_000, 10_000),
+    "pathfinder": (160_000, 20_000, 20_000),
+    "pathx": (160_000, 20_000, 20_000),
+}
+HELD_OUT = 0.1
+"""Of text's training data, where an honest validation split is asked for."""
+DATA_SEED = 0
+"""A generated task is one data set, whatever the cell's seed."""
+PATHFINDER_VERSION = 1
+SHARD_PIXELS = 1 << 22
+
+
+@dataclass(frozen=True)
+class Data:
+    """A task's splits `train`, `validation` and `test`."""
+
+    splits: Mapping[str, Split]
+    vocab_size: int
+    """0 for images."""
+
+    @property
+    def truncated(self) -> int:
+        """Items that were cut."""
+        return sum(split.truncated for split in self.splits.values())
+
+    @property
+    def skipped(self) -> int:
+        """Items that were left out as damaged."""
+        return sum(sum(split.skipped.values()) for split in self.splits.values())
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """16 hex digits over every item."""
+        digest = hashlib.sha256()
+        for name in sorted(self.splits):
+            split = self.splits[name]
+            for part in (split.inputs, split.second):
+                arrays = (part.ids_S, part.ends_N) if isinstance(part, Texts) else () if part is None else (part,)
+                for array in arrays:
+                    digest.update(np.ascontiguousarray(array).data)
+            digest.update(split.labels_N.data)
+        return digest.hexdigest()[:16]
+
+
+def sizes(config: LRAConfig) -> dict[str, int]:
+    """Items of each split that a configuration asks for, known without the data."""
+    train, validation, test = SIZES[config.dataset]
+    if config.dataset == "text" and config.validation == "split":
+        validation = int(train * HELD_OUT)
+        train -= validation
+    asked = {"train": config.train_examples, "validation": config.validation_examples, "test": config.test_examples}
+    return {name: asked[name] or there for name, there in (("train", train), ("validation", validation), ("test", test))}
+
+
+@functools.lru_cache(maxsize=2)
+def load(config: LRAConfig) -> Data:
+    """The data of a task; cells of one worker that share them read them once. ConfigError where they are not there."""
+    made = {"files": _read, "generated": _generate, "standin": _invent}[config.source](config)
+    for name, wanted in sizes(config).items():
+        if len(made.splits[name]) < wanted:
+            raise ConfigError(f"{config.dataset} has {len(made.splits[name])} {name} items, {wanted} are wanted")
+    return made
+
+
+def vocab_size(config: LRAConfig) -> int:
+    """Ids of a task of tokens; of real text they are counted in its training data."""
+    if config.dataset == "listops":
+        return listops.VOCAB_SIZE
+    return standins.VOCABULARY if config.source == "standin" else load(config).vocab_size
+
+
+def _read(config: LRAConfig) -> Data:
+    """The user's files; a part of a split is drawn by the split's own seed."""
+    if config.dataset == "listops":
+        return Data(_named(listops.from_files(data_folder())), listops.VOCAB_SIZE)
+    options = {
+        "text": {"max_length": config.longest, "val_split": HELD_OUT if config.validation == "split" else 0.0},
+        "retrieval": {"max_length": config.longest},
+        "image": {"grey": config.colour == "grey"},
+        "pathfinder": {"resolution": config.resolution, "difficulty": f"curv_contour_length_{config.contour_length}"},
+    }["pathfinder" if config.dataset == "pathx" else config.dataset]
+    splits = _named(readers.read(config.dataset, data_folder(), **options))
+    parts = [part for split in splits.values() for part in (split.inputs, split.second) if isinstance(part, Texts)]
+    return Data(splits, 1 + max((int(part.ids_S.max()) for part in parts), default=-1))
+
+
+def _named(splits: Mapping[str, Split]) -> dict[str, Split]:
+    """Splits under the names that rows have."""
+    return {"validation" if name == "val" else name: split for name, split in splits.items()}
+
+
+def _generate(config: LRAConfig) -> Data:
+    """Made once, then read from the cache."""
+    wanted, workers = sizes(config), len(os.sched_getaffinity(0))
+    if config.dataset == "listops":
+        task = listops.ListOps(config.min_tokens, config.max_tokens, config.max_depth)
+        made = listops.splits(
+            task, DATA_SEED, {"train": wanted["train"], "val": wanted["validation"], "test": wanted["test"]}, cache_folder(), workers
+        )
+        return Data(_named(made), listops.VOCAB_SIZE)
+    drawn = pathfinder.parameters(config.resolution, config.contour_length)
+    key = {"version": PATHFINDER_VERSION, "resolution": config.resolution, "contour_length": config.contour_length, "seed": DATA_SEED}
+    make = functools.partial(pathfinder.draw_many, drawn, DATA_SEED)
+    source = shards.Source("pathfinder", key, make, max(1, SHARD_PIXELS // config.resolution**2 // 16))
+    splits, start = {}, 0
+    for name, count in wanted.items():
+        arrays = shards.generate(cache_folder(), source, range(start, start + count), workers)
+        splits[name] = Split(arrays["images"][..., None], arrays["labels"].astype(np.int64))
+        start += count
+    return Data(splits, 0)
+
+
+def _invent(config: LRAConfig) -> Data:
+    """Stand-ins, made anew each time: that takes a second."""
+    maker = {
+        "text": lambda count, place: standins.texts(count, config.longest, DATA_SEED, place),
+        "retrieval": lambda count, place: standins.pairs(count, config.longest, DATA_SEED, place),
+        "image": lambda count, place: standins.images(count, {"grey": 1, "rgb": 3}[config.colour], DATA_SEED, place),
+    }[config.dataset]
+    splits = {name: maker(count, place) for place, (name, count) in enumerate(sizes(config).items())}
+    return Data(splits, 0 if config.dataset == "image" else standins.VOCABULARY)

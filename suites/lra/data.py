@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from suites.lra import listops, pathfinder, readers, shards, standins
 from suites.lra.files import cache_folder, data_folder
 from suites.lra.items import Split, Texts
 from suites.lra.protocol import LRAConfig
+from suites.lra.splits import take_texts
 
 SIZES = {
     # items of train, validation and test: state-spaces/s4, files of the archive
@@ -101,8 +102,19 @@ def _read(config: LRAConfig) -> Data:
         "pathfinder": {"resolution": config.resolution, "difficulty": f"curv_contour_length_{config.contour_length}"},
     }["pathfinder" if config.dataset == "pathx" else config.dataset]
     splits = _named(readers.read(config.dataset, data_folder(), **options))
+    splits = {name: _part(splits[name], wanted) for name, wanted in sizes(config).items()}
     parts = [part for split in splits.values() for part in (split.inputs, split.second) if isinstance(part, Texts)]
     return Data(splits, 1 + max((int(part.ids_S.max()) for part in parts), default=-1))
+
+
+def _part(split: Split, count: int) -> Split:
+    """So many items of a split, drawn evenly over its classes' order; all where it has no more."""
+    if count >= len(split):
+        return split
+    rows = np.sort(np.random.default_rng(DATA_SEED).permutation(len(split))[:count])
+    parts = [take_texts(part, rows) if isinstance(part, Texts) else part for part in (split.inputs, split.second)]
+    inputs = split.inputs[rows] if isinstance(split.inputs, np.ndarray) else parts[0]
+    return replace(split, inputs=inputs, labels_N=split.labels_N[rows], second=parts[1])
 
 
 def _named(splits: Mapping[str, Split]) -> dict[str, Split]:

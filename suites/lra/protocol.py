@@ -73,7 +73,7 @@ class LRAConfig:
     def longest(self) -> int:
         """Tokens or pixels of the longest input."""
         if self.dataset in WORDS:
-            return self.max_len or {"listops": min(2048, self.max_tokens + 1), "text": 4096, "retrieval": 4000}[self.dataset]
+            return self.max_len or {"listops": min(2048, self.max_tokens), "text": 4096, "retrieval": 4000}[self.dataset]
         return 32 * 32 if self.dataset == "image" else self.resolution**2
 
 

@@ -5,6 +5,7 @@ Imports no torch, fla or pandas: cells run in worker processes, and listing read
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import signal
 import sys
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 DEFAULT_RESULTS = Path("results/local")
 DEVICES = ("auto", "cpu", "cuda")
+DATA_ACTIONS = ("check",)
 CHECK_BESIDE = ("hgrn2", "attention")
 CHECK_TASK = ("suite=mqar", "task=len32_kv4", "vocab_size=16", "seq_len=16", "num_pairs=3", "train_examples=24_000", "seed=0")
 """A task that every registered mixer learns in seconds, unless it sees but a few tokens back."""
@@ -392,3 +394,30 @@ def doctor(results: Results = DEFAULT_RESULTS) -> None:
     with _stoppable():
         well = examine(results)
     sys.exit(0 if well else 1)
+
+
+@app.command(name="data")
+def data_command(
+    suite: Annotated[str, typer.Argument(help="A suite that reads data, such as lra.")],
+    action: Annotated[str, typer.Argument(help="check: what a folder holds, what is wrong with it, and how to repair it.")],
+    folder: Annotated[Path, typer.Argument(help="The folder of the data.")],
+) -> None:
+    """Look at a suite's data in a folder: what is there, whole or not, and how to repair it. Changes nothing."""
+    checks = registry.data_checks()
+    if suite not in checks:
+        if suite in registry.suites():
+            raise ConfigError(f"suite {suite} reads no data; suites that do: {', '.join(checks)}")
+        raise unknown("suite", suite, [*registry.suites(), *checks])
+    if action not in DATA_ACTIONS:
+        raise unknown("action", action, DATA_ACTIONS)
+    if not folder.is_dir():
+        raise ConfigError(f"no folder {folder}")
+    from hgrn2_bench.doctor import PROBLEM, Finding, summary
+
+    found: list[Finding] = []
+    with _stoppable():
+        for each in importlib.import_module(checks[suite]).findings(folder):
+            print(each, flush=True)
+            found.append(each)
+    print(summary(found, f"data {suite}"))
+    sys.exit(1 if any(each.mark == PROBLEM for each in found) else 0)

@@ -14,7 +14,7 @@ DASHES = {32: "2 0.5", 128: "5 1.5"}
 
 
 def write_listops(folder, rows=(LISTOPS_ROW,) * 3):
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val", "test"):
         (folder / f"basic_{split}.tsv").write_text("\r\n".join(["Source\tTarget", *rows, ""]), newline="")
 

@@ -6,6 +6,7 @@ Expected numbers: the published files (see the readers), where a number is the l
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from hgrn2_bench.doctor import NOTE, OK, PROBLEM, Finding, counted
 from hgrn2_bench.errors import ConfigError
 from suites.lra import images, retrieval, text
+from suites.lra.characters import count_vocabulary
 from suites.lra.check_pathfinder import check_pathfinder
 from suites.lra.formats import grey, parquet_rows
 from suites.lra.places import CLASSES, EXPECTED, Place, locate
@@ -23,7 +25,7 @@ LISTOPS_HEADER = b"Source\tTarget"
 LISTOPS_BRACKETS = ((b"[", b"]"), (b"(", b")"))
 TEXT_DUPLICATES = (96, 199, 123)
 """Inside train, inside test, and texts of train that stand in test too: measured on the real files."""
-TEXT_VOCABULARY = 134
+TEXT_VOCABULARY, RETRIEVAL_VOCABULARY = 134, 98
 GREY_MEAN, GREY_SD, GREY_TOLERANCE = 122.6, 61.0, 1.0
 """Of the training images (state-spaces/s4 src/dataloaders/basic.py); JPEG's losses change them by a tenth."""
 LOPSIDED = 1.5
@@ -129,10 +131,16 @@ def _text(place: Place) -> Iterator[Finding]:
         yield count_finding(place, split, len(labels), expected)
         yield from order_findings(place, split, labels, 2, expected)
         yield Finding(OK, f"text {split}: {long:,} texts are cut to {options.max_length - 1} characters and eos")
-    vocabulary = text.count_vocabulary(lambda: text.text_rows(place, "train"), options.max_length, options.min_freq)
-    mark = OK if len(vocabulary) == TEXT_VOCABULARY else NOTE
-    yield Finding(mark, f"text: vocabulary of {len(vocabulary)} ids", "" if mark == OK else f"the published files give {TEXT_VOCABULARY}")
+    yield _vocabulary(place, options, TEXT_VOCABULARY)
     yield _duplicates((*inside, len(distinct["train"] & distinct["test"])))
+
+
+def _vocabulary(place: Place, options: text.TextOptions | retrieval.RetrievalOptions, expected: int) -> Finding:
+    rows = text.text_rows if place.task == "text" else retrieval.retrieval_rows
+    number = len(count_vocabulary(partial(rows, place, "train"), options.max_length, options.min_freq))
+    if number == expected:
+        return Finding(OK, f"{place.task}: vocabulary of {number} ids, as expected")
+    return Finding(NOTE, f"{place.task}: vocabulary of {number} ids", f"the published files give {expected}")
 
 
 def _duplicates(found: tuple[int, ...]) -> Finding:
@@ -157,6 +165,8 @@ def _retrieval(place: Place) -> Iterator[Finding]:
         yield from _line_findings(f"retrieval {split}", path, faults, end)
         yield count_finding(place, split, number, expected, soft=split != "train")
         yield Finding(OK, f"retrieval {split}: {labels[0]:,} pairs of different papers, {labels[1]:,} of related ones")
+        if split == "train" and not faults:
+            yield _vocabulary(place, retrieval.RetrievalOptions(), RETRIEVAL_VOCABULARY)
 
 
 def _image(place: Place) -> Iterator[Finding]:

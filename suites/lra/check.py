@@ -76,7 +76,7 @@ def order_findings(place: Place, split: str, labels: Sequence[int] | np.ndarray,
     counts = np.bincount(labels_N, minlength=classes)
     text = f"{place.task} {split}: items by class {', '.join(f'{count:,}' for count in counts)}"
     if len(labels_N) < expected and counts.max() > LOPSIDED * len(labels_N) / classes:
-        remedy = "such a head of a sorted file teaches nothing; give the whole file, of which max_items draws a part by seed"
+        remedy = "such a head of a sorted file teaches nothing; give the whole file, of which readers draw a part by seed"
         yield Finding(PROBLEM, f"{text}: a subset sorted by class", remedy)
         return
     is_sorted = np.count_nonzero(np.diff(labels_N)) < classes

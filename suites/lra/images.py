@@ -34,8 +34,8 @@ class ImageOptions:
     """One channel, Pillow's `L`; else red, green and blue."""
     val_split: float = 0.1
     """Share of the training images kept for validation."""
-    max_items: int = 0
-    """At most so many items of each split, drawn by the seed; 0: all."""
+    items: dict[str, int] = field(default_factory=dict)
+    """At most so many items of a split, drawn by the seed; all of a split that is not named here, or with 0."""
     seed: int = 42
     counts: dict[str, int] = field(default_factory=lambda: dict(COUNTS))
     """Items that a split must have; a split that is not named here may have any number."""
@@ -61,7 +61,7 @@ def read_images(place: Place, options: ImageOptions) -> dict[str, Split]:
     kept = int(number * (1 - options.val_split))
     train_N, val_N = random_parts((kept, number - kept), options.seed)
     parts = {"train": (train, train_N), "val": (train, val_N), "test": (test, np.arange(len(test)))}
-    return {split: _part(whole, drawn(indices, options.max_items, options.seed)) for split, (whole, indices) in parts.items()}
+    return {split: _part(whole, drawn(indices, options.items.get(split, 0), options.seed)) for split, (whole, indices) in parts.items()}
 
 
 def _joined(batches: list[Batch], in_grey: bool) -> Split:

@@ -3,7 +3,7 @@
 Shape letters: N items, H height, W width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,8 +32,8 @@ class PathfinderOptions:
     difficulty: str = DIFFICULTY
     held_out: float = 0.1
     """Share of all images for validation, and as much for testing."""
-    max_items: int = 0
-    """At most so many items of each split, drawn by the seed; 0: all."""
+    items: dict[str, int] = field(default_factory=dict)
+    """At most so many items of a split, drawn by the seed; all of a split that is not named here, or with 0."""
     seed: int = 42
     count: int | None = COUNT
     """Images that the difficulty must have; None: any number."""
@@ -59,10 +59,13 @@ def read_pathfinder(place: Place, options: PathfinderOptions) -> dict[str, Split
     if not held_out:
         raise DataError(f"{folder}: {len(lines)} images, too few to keep {options.held_out:g} of them for validation")
     parts = random_parts((len(lines) - 2 * held_out, held_out, held_out), options.seed)
-    chosen = {split: drawn(part, options.max_items, options.seed) for split, part in zip(("train", "val", "test"), parts, strict=True)}
     size = RESOLUTIONS[place.task]
     _refuse_foreign(folder, lines, size)
-    return {split: _images(folder, [lines[i] for i in part], size, empty) for split, part in chosen.items()}
+    splits = {}
+    for split, part in zip(("train", "val", "test"), parts, strict=True):
+        chosen = drawn(part, options.items.get(split, 0), options.seed)
+        splits[split] = _images(folder, [lines[i] for i in chosen], size, empty)
+    return splits
 
 
 def _refuse_foreign(folder: Path, lines: list[Line], size: int) -> None:

@@ -30,8 +30,8 @@ class RetrievalOptions:
     """Ids of a text, eos included."""
     min_freq: int = 1
     """98 ids on the real files."""
-    max_items: int = 0
-    """At most so many pairs of each split, drawn by the seed; 0: all."""
+    items: dict[str, int] = field(default_factory=dict)
+    """At most so many pairs of a split, drawn by the seed; all of a split that is not named here, or with 0."""
     seed: int = 42
     counts: dict[str, int] = field(default_factory=lambda: {"train": COUNTS["train"]})
     """Lines that a split must have; a split that is not named here may have any number."""
@@ -51,7 +51,7 @@ def read_retrieval(place: Place, options: RetrievalOptions) -> dict[str, Split]:
         encoded = encode(source, vocabulary, options.max_length, texts_per_row=2)
         number = len(encoded.labels_N)
         check_count(str(place.of(split)[0]), number, options.counts.get(split), "cut short, or lines merged by a program that obeys quotes")
-        splits[split] = encoded.split(drawn(np.arange(number), options.max_items, options.seed))
+        splits[split] = encoded.split(drawn(np.arange(number), options.items.get(split, 0), options.seed))
     return splits
 
 

@@ -20,11 +20,11 @@ def random_parts(sizes: Sequence[int], seed: int) -> list[np.ndarray]:
     return np.split(permutation(sum(sizes), seed), np.cumsum(sizes)[:-1])
 
 
-def drawn(indices_N: np.ndarray, max_items: int, seed: int) -> np.ndarray:
-    """At most `max_items` of the indices (0: all), drawn in seeded order: files are sorted by class, so their heads are no sample."""
-    if not max_items or max_items >= len(indices_N):
+def drawn(indices_N: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """At most `number` of the indices (0: all), drawn in seeded order: files are sorted by class, so their heads are no sample."""
+    if not number or number >= len(indices_N):
         return indices_N
-    return indices_N[permutation(len(indices_N), seed)[:max_items]]
+    return indices_N[permutation(len(indices_N), seed)[:number]]
 
 
 def check_count(where: str, number: int, expected: int | None, reason: str = "a part of the data, or cut short") -> None:

@@ -32,8 +32,8 @@ class TextOptions:
     """A character seen less often in the training file, after cutting, is unk: 134 ids on the real files."""
     val_split: float = 0.0
     """Share of the training file kept for validation; 0: the test set is the validation set too, as published."""
-    max_items: int = 0
-    """At most so many items of each split, drawn by the seed; 0: all."""
+    items: dict[str, int] = field(default_factory=dict)
+    """At most so many items of a split, drawn by the seed; all of a split that is not named here, or with 0."""
     seed: int = 42
     counts: dict[str, int] = field(default_factory=lambda: dict(COUNTS))
     """Items that a split must have; a split that is not named here may have any number."""
@@ -44,7 +44,7 @@ class TextOptions:
 
 
 def read_text(place: Place, options: TextOptions) -> dict[str, Split]:
-    """The splits train, val and test; val is test itself unless `val_split` is given.
+    """The splits train, val and test; val is the test set unless `val_split` is given.
 
     The vocabulary is that of the whole training file, so that ids depend neither on the split nor on a subset. Texts of the training
     file keep its order, which is by class, where all are taken; a part of it is drawn by the seed. DataError names file and line.
@@ -57,10 +57,10 @@ def read_text(place: Place, options: TextOptions) -> dict[str, Split]:
     number = len(read["train"].labels_N)
     order = permutation(number, options.seed) if options.val_split else np.arange(number)
     held_out = int(number * options.val_split)
-    kept = {"train": order[held_out:], "test": np.arange(len(read["test"].labels_N))}
-    splits = {split: read[split].split(drawn(indices, options.max_items, options.seed)) for split, indices in kept.items()}
-    val = read["train"].split(drawn(order[:held_out], options.max_items, options.seed)) if held_out else splits["test"]
-    return {"train": splits["train"], "val": val, "test": splits["test"]}
+    tested = np.arange(len(read["test"].labels_N))
+    val = (read["train"], order[:held_out]) if options.val_split else (read["test"], tested)
+    parts = {"train": (read["train"], order[held_out:]), "val": val, "test": (read["test"], tested)}
+    return {name: whole.split(drawn(indices, options.items.get(name, 0), options.seed)) for name, (whole, indices) in parts.items()}
 
 
 def text_rows(place: Place, split: str) -> Iterator[Row]:

@@ -75,7 +75,8 @@ def test_batches_are_joined_in_their_order_and_counted(tmp_path):
     assert np.array_equal(splits["train"].inputs, whole[random_parts((45, 5), 42)[0]])
     with pytest.raises(DataError, match="train: 50 items, expected 50,000"):
         read("image", tmp_path)
-    assert len(read("image", tmp_path, max_items=7, **ANY)["train"]) == 7
+    part = read("image", tmp_path, items={"val": 3}, **ANY)
+    assert [len(part[split]) for split in ("train", "val", "test")] == [45, 3, 10]
 
 
 class Trap:
@@ -179,8 +180,8 @@ def test_pathfinder_is_split_as_published_whatever_its_metadata_are(tmp_path, bi
 def test_empty_pictures_are_left_out_before_the_split_and_counted(tmp_path):
     root = made.write_pathfinder(tmp_path)
     (root / "imgs/0/sample_3.png").write_bytes(b"")
-    splits = read("pathfinder", tmp_path, count=40)
-    assert [len(splits[split]) for split in ("train", "val", "test")] == [33, 3, 3]
+    splits = read("pathfinder", tmp_path, count=40, items={"train": 10})
+    assert [len(splits[split]) for split in ("train", "val", "test")] == [10, 3, 3]
     assert splits["train"].skipped == {"zero-byte file": 1}
 
 

@@ -8,8 +8,6 @@ import dataclasses
 import inspect
 import signal
 import sys
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +28,6 @@ DEVICES = ("auto", "cpu", "cuda")
 CHECK_BESIDE = ("hgrn2", "attention")
 CHECK_TASK = ("suite=mqar", "task=len32_kv4", "vocab_size=16", "seq_len=16", "num_pairs=3", "train_examples=24_000", "seed=0")
 """A task that every registered mixer learns in seconds, unless it sees but a few tokens back."""
-STATE_FILES = ("config.json", "status.json", "metrics.jsonl")
 
 app = typer.Typer(
     help="Compare HGRN2 with its baselines: one command, one definition of each mixer, one table.",
@@ -355,32 +352,9 @@ def compare(
 @app.command()
 def status(results: Results = DEFAULT_RESULTS) -> None:
     """Say where every cell of a results folder stands: finished, running, interrupted, failed."""
-    from tabulate import tabulate
+    from hgrn2_bench.status import status_lines
 
-    from hgrn2_bench.cells import is_locked, read_json
-
-    if not results.is_dir():
-        raise ConfigError(f"no results folder {results}")
-    counts: dict[tuple[str, ...], Counter[str]] = {}
-    running: list[str] = []
-    for path in sorted(results.glob("cells/*/*/")):
-        config, state = read_json(path / "config.json"), read_json(path / "status.json")
-        if not {"suite", "preset", "task", "model", "seed"} <= set(config) or path.name != path.name.split(".")[0]:
-            print(f"note: {path} is no cell (damaged, set aside or foreign): left out", file=sys.stderr)
-            continue
-        outcome = state.get("outcome", "not started")
-        if outcome in ("running", "interrupted"):
-            outcome = "running" if is_locked(path) else "interrupted"
-            age = time.time() - max(file.stat().st_mtime for name in STATE_FILES if (file := path / name).exists())
-            running.append(
-                f"{outcome}: {config['model']} {config['task']} seed {config['seed']}, step {state.get('step', 0)} of "
-                f"{state.get('steps', '?')} at the last checkpoint, last written {age:.0f} s ago"
-            )
-        key = tuple(str(config[k]) for k in ("suite", "preset", "task", "model"))
-        counts.setdefault(key, Counter())[outcome] += 1
-    lines = [[*key, ", ".join(f"{n} {word}" for word, n in sorted(count.items()))] for key, count in sorted(counts.items())]
-    print(tabulate(lines, ["suite", "preset", "task", "model", "cells"], tablefmt="github") if lines else f"no cells in {results}")
-    for line in running:
+    for line in status_lines(results):
         print(line)
 
 
@@ -391,4 +365,18 @@ def doctor(results: Results = DEFAULT_RESULTS) -> None:
 
     with _stoppable():
         well = examine(results)
+    sys.exit(0 if well else 1)
+
+
+@app.command(name="data")
+def data_command(
+    suite: Annotated[str, typer.Argument(help="A suite that reads data, such as lra.")],
+    action: Annotated[str, typer.Argument(help="check: what a folder holds, what is wrong with it, and how to repair it.")],
+    folder: Annotated[Path, typer.Argument(help="The folder of the data.")],
+) -> None:
+    """Look at a suite's data in a folder: what is there, whole or not, and how to repair it. Changes nothing."""
+    from hgrn2_bench.datacheck import check_data
+
+    with _stoppable():
+        well = check_data(suite, action, folder)
     sys.exit(0 if well else 1)

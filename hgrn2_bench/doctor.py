@@ -77,11 +77,11 @@ def examine(results: Path) -> bool:
     return all(each.mark != PROBLEM for each in found)
 
 
-def summary(found: Sequence[Finding]) -> str:
+def summary(found: Sequence[Finding], title: str = "doctor") -> str:
     """How many findings of each kind."""
     counts = {mark: sum(each.mark == mark for each in found) for mark in (PROBLEM, NOTE, OK)}
     problems = counted(counts[PROBLEM], PROBLEM) if counts[PROBLEM] else "no problem"
-    return f"doctor: {problems}, {counted(counts[NOTE], 'note')}, {counts[OK]} ok"
+    return f"{title}: {problems}, {counted(counts[NOTE], 'note')}, {counts[OK]} ok"
 
 
 def counted(number: int, what: str, ending: str = "s") -> str:

@@ -1,4 +1,4 @@
-"""The one exception that means the user's words are wrong: printed as one line, exit code 2."""
+"""The exceptions that mean the user's words or files are wrong: printed as one line, exit code 2."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,10 @@ LISTED = 20
 
 class ConfigError(ValueError):
     """Bad input: a name, value or combination that cannot run. Its text is the one line that the user sees."""
+
+
+class DataError(ConfigError):
+    """A file of the user's data is missing, damaged or of another kind. Its text is one line that names the file, and the line in it."""
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:

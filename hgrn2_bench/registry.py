@@ -115,6 +115,16 @@ def suites() -> dict[str, str]:
     return found
 
 
+def data_checks() -> dict[str, str]:
+    """Every suite that reads data of the user's and can check them: key to the name of its module `check`."""
+    found = {path.parent.name: f"suites.{path.parent.name}.check" for path in sorted((ROOT / "suites").glob("*/check.py"))}
+    for point in entry_points(group="hgrn2_bench.suites"):
+        with contextlib.suppress(ImportError):  # its package is missing
+            if importlib.util.find_spec(f"{point.value}.check"):
+                found[point.name] = f"{point.value}.check"
+    return found
+
+
 def suite_summary(name: str) -> str:
     """First docstring line of a suite's package, read without importing it."""
     spec = importlib.util.find_spec(suites()[name])

@@ -76,6 +76,8 @@ LIGHT = (
     "doctor",
     "machine",
     "warm",
+    "status",
+    "datacheck",
 )
 
 

@@ -1,0 +1,199 @@
+"""What a folder holds of the Long Range Arena: each copy of a task's data, and in which layout. Reads names only, and parquet footers."""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hgrn2_bench.errors import ConfigError, DataError
+
+EXPECTED = {
+    "listops": "listops-1000/basic_{train,val,test}.tsv",
+    "text": "aclImdb/{train,test}/{pos,neg}/*.txt, or *train*.parquet and *test*.parquet (text, label), or the same as .jsonl or .jsonl.gz",
+    "retrieval": "tsv_data/new_aan_pairs.{train,eval,test}.tsv",
+    "image": "cifar-10-batches-py, cifar-10-batches-bin, {train,test}/<class>/*.png, or *train*.parquet and *test*.parquet (img, label)",
+    "pathfinder": "pathfinder32/curv_contour_length_14/{imgs,metadata}",
+    "pathx": "pathfinder128/curv_contour_length_14/{imgs,metadata}",
+}
+"""Where each task's data lie, in words; folders above may have any name."""
+RESOLUTIONS = {"pathfinder": 32, "pathx": 128}
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+"""Of CIFAR-10, in the order of their labels."""
+NUMBERED = tuple(map(str, range(len(CLASSES))))
+MAX_DEPTH = 4
+"""Folders below the given one: lra_release/lra_release/pathfinder/pathfinder32."""
+CLOSED = {"imgs", "metadata", "train", "test", "pos", "neg", "unsup"}
+"""Folders of items, which are many: never searched for further data."""
+TAIL = 8
+"""Bytes at the end of a parquet file: the footer's length and the magic word."""
+
+Files = dict[str, tuple[Path, ...]]
+"""By split."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One copy of one task's data."""
+
+    task: str
+    layout: str
+    """In words: `aclImdb folders`, `parquet`."""
+    folder: Path
+    files: Files
+    """Files of each split that is there; for layouts of many small files the folder of the split."""
+
+    def __str__(self) -> str:
+        """`DIR (aclImdb folders)`."""
+        return f"{self.folder} ({self.layout})"
+
+    def of(self, split: str) -> tuple[Path, ...]:
+        """The files of a split. DataError where it is missing."""
+        if not self.files.get(split):
+            raise DataError(f"{self.folder}: no {split} split of {self.task} in {self.layout}; expected {EXPECTED[self.task]}")
+        return self.files[split]
+
+
+@dataclass(frozen=True)
+class Found:
+    """All that a folder holds."""
+
+    places: tuple[Place, ...]
+    faults: tuple[str, ...]
+    """Files and folders that look like data and cannot be used: one line each."""
+
+    def of(self, task: str) -> list[Place]:
+        """All copies of a task's data."""
+        return [place for place in self.places if place.task == task]
+
+
+def find(root: Path, task: str) -> Place:
+    """The only copy of a task's data below a folder. ConfigError where there is none, or more than one to choose from."""
+    found = locate(root)
+    places = found.of(task)
+    if not places:
+        raise ConfigError("; ".join([f"no data of {task} in {root}: expected {EXPECTED[task]}", *found.faults]))
+    if len(places) > 1:
+        raise ConfigError(f"{root} holds {len(places)} copies of {task}: {', '.join(map(str, places))}; give the folder of one")
+    return places[0]
+
+
+def locate(root: Path) -> Found:
+    """Every copy of every task's data in a folder or at most four below it. ConfigError where there is no such folder."""
+    if not root.is_dir():
+        raise ConfigError(f"no folder {root}")
+    places: list[Place] = []
+    faults: list[str] = []
+    for folder in _folders(root):
+        try:
+            files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+        except OSError as error:
+            faults.append(f"{folder}: cannot be read ({error.strerror})")
+            continue
+        places += _tables(folder, files)
+        places += _pickles_and_binaries(folder, files)
+        places += _folders_of_items(folder)
+        for shards in _shards(files):
+            try:
+                places += _sharded(folder, shards)
+            except DataError as error:
+                faults.append(str(error))
+        if (folder / "metadata").is_dir() and (folder / "imgs").is_dir() and folder == root:
+            faults.append(f"{folder} is one difficulty of Pathfinder: give the folder above, named pathfinder32 or pathfinder128")
+    return Found(tuple(places), tuple(faults))
+
+
+def _folders(root: Path) -> Iterator[Path]:
+    """The folder and those below it that may hold data, nearest first."""
+    level = [root]
+    for depth in range(MAX_DEPTH + 1):
+        yield from level
+        if depth < MAX_DEPTH:
+            level = [path for folder in level if not _difficulties(folder) for path in subfolders(folder) if path.name not in CLOSED]
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Folders in a folder by name, hidden ones left out; none where it cannot be read."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _difficulties(folder: Path) -> list[Path]:
+    return [path for path in subfolders(folder) if path.name.startswith("curv_")] if folder.resolve().name.startswith("pathfinder") else []
+
+
+def _tables(folder: Path, files: list[Path]) -> Iterator[Place]:
+    """TSV files of the original archive."""
+    names = {path.name: path for path in files}
+    for task, pattern, evaluation in (("listops", "basic_{}.tsv", "val"), ("retrieval", "new_aan_pairs.{}.tsv", "eval")):
+        splits = {"train": "train", "val": evaluation, "test": "test"}
+        there: Files = {split: (names[name],) for split, word in splits.items() if (name := pattern.format(word)) in names}
+        if there:
+            yield Place(task, pattern.format("*"), folder, there)
+
+
+def _pickles_and_binaries(folder: Path, files: list[Path]) -> Iterator[Place]:
+    """CIFAR-10 as its authors give it."""
+    for layout, ending in (("python pickles", ""), ("binary files", ".bin")):
+        train = tuple(path for path in files if re.fullmatch(rf"data_batch_\d{re.escape(ending)}", path.name))
+        test = tuple(path for path in files if path.name == f"test_batch{ending}")
+        if train or test:
+            yield Place("image", layout, folder, {"train": train, "test": test})
+
+
+def _folders_of_items(folder: Path) -> Iterator[Place]:
+    """One file an item: reviews, pictures by class, Pathfinder."""
+    splits: Files = {split: (folder / split,) for split in ("train", "test") if (folder / split).is_dir()}
+    inside = {path.name for paths in splits.values() for path in subfolders(paths[0])}
+    if inside & {"pos", "neg"}:
+        yield Place("text", "aclImdb folders", folder, splits)
+    elif inside & set(CLASSES) or inside >= set(NUMBERED):
+        yield Place("image", "image folders", folder, splits)
+    there: Files = {path.name: (path,) for path in _difficulties(folder)}
+    for task, size in RESOLUTIONS.items():
+        if there and folder.resolve().name == f"pathfinder{size}":
+            yield Place(task, "PNG files with metadata", folder, there)
+
+
+def _shards(files: list[Path]) -> Iterator[dict[str, list[Path]]]:
+    """Files by split, for each data set: names that agree before the word `train` or `test` and in their ending belong together."""
+    sets: dict[tuple[str, str], dict[str, list[Path]]] = {}
+    for path in files:
+        match = re.fullmatch(r"(.*?)(train|test)[^.]*\.(parquet|jsonl|jsonl\.gz)", path.name)
+        if match:
+            sets.setdefault((match[1], match[3]), {}).setdefault(match[2], []).append(path)
+    yield from sets.values()
+
+
+def _sharded(folder: Path, shards: dict[str, list[Path]]) -> Iterator[Place]:
+    files = {split: tuple(paths) for split, paths in shards.items()}
+    first = next(path for paths in files.values() for path in paths)
+    if first.suffix != ".parquet":
+        if len(files) > 1:  # a lone file may be any data set's
+            yield Place("text", "json lines", folder, files)
+        return
+    kinds = Counter(_kind(path) for paths in files.values() for path in paths)
+    if len(kinds) == 1 and (kind := next(iter(kinds))):
+        yield Place(kind, "parquet", folder, files)
+
+
+def _kind(path: Path) -> str:
+    """The task whose columns a parquet file has, read from its footer without pyarrow; empty for another's."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - TAIL))
+        tail = file.read()
+        length = int.from_bytes(tail[:4], "little")
+        if tail[4:] != b"PAR1" or length + TAIL > size:
+            raise DataError(f"{path}: no parquet file, or cut short ({size} bytes): copy it again")
+        file.seek(size - TAIL - length)
+        footer = file.read(length)
+
+    def has(column: str) -> bool:  # a name stands behind its length
+        return bytes([len(column)]) + column.encode() in footer
+
+    if not has("label"):
+        return ""
+    return "image" if has("img") or has("image") else "text" if has("text") else ""

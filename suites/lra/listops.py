@@ -251,7 +251,7 @@ def read(folder: Path) -> dict[str, Examples]:
 
 
 def read_file(path: Path) -> Examples:
-    """The rows of one file `Source<TAB>Target`. Memory: the codes and one row. A quote that is not closed counts once, whatever it swallows."""
+    """The rows of one file `Source<TAB>Target`. Memory: the codes and one row. An unclosed quote counts once, whatever it swallows."""
     codes, lengths, labels, skipped = bytearray(), list[int](), bytearray(), Counter[str]()
     with path.open(newline="", encoding="ascii", errors="replace") as file:
         rows = csv.reader(file, delimiter="\t")

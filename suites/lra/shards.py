@@ -13,6 +13,7 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import warnings
@@ -110,15 +111,16 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     if workers <= 1:
         yield None
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _die_with_parent)
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin)
     try:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _die_with_parent() -> None:
-    """A pool's processes would wait for work for ever when their parent is killed."""
+def _begin() -> None:
+    """In a process of the pool: leave Ctrl-C to the parent, and die with it, where a pool's process would wait for work for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

@@ -110,7 +110,7 @@ def example(task: ListOps, seed: int, index: int) -> tuple[np.ndarray, int]:
 def _tree(task: ListOps, rng: np.random.Generator) -> list[np.ndarray] | None:
     """The number of arguments of each node (0 for a digit), level by level; None where the length is out of bounds.
 
-    The root is an operator: a lone digit is shorter than any lower bound, so that leaving it out changes nothing but the speed. One
+    The root is an operator: no lower bound lets a lone digit pass, so that leaving it out changes nothing but the speed. One
     draw decides both whether a node is an operator and its number of arguments. The arguments of a level's operators, in order, are
     the nodes of the next level.
     """

@@ -38,6 +38,8 @@ class ModelConfig:
     embed_dropout: float = 0.0
     dropout: float = 0.0
     init: str = choice("mixer", "blanket")
+    scan: str = choice("causal", "both", "2d_parallel", "2d_series")
+    """The orders in which mixers read: see `hgrn2_bench.directions`."""
     first_layer: str = "none"
     """A registered model whose mixer takes layer 0 of every model, or `none`."""
 

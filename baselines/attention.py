@@ -41,6 +41,7 @@ class Attention(Mixer):
         self.head_dim = heads_of(D, self.num_heads, "num_heads", result="head dimension")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"attention.dropout={self.dropout} must be at least 0 and less than 1")
+        self.masked = self.causal and spec.scan == "causal"
         self.rope = spec.positions == "rope"
         if self.rope and self.head_dim % 2:
             raise ConfigError(f"positions=rope needs an even head dimension; d_model={D} / num_heads={self.num_heads} = {self.head_dim}")
@@ -52,8 +53,9 @@ class Attention(Mixer):
 
     def project(self, x_BTD: Tensor, ctx: Context) -> SoftmaxInputs:
         """Queries, keys and values of every head, rotated from the length of the cache on."""
-        if not self.causal and (ctx.return_state or ctx.state is not None):
-            raise ConfigError("attention with causal=False cannot decode: every output depends on the tokens to come")
+        if not self.masked and (ctx.return_state or ctx.state is not None):
+            why = f"scan={self.spec.scan}" if self.causal else "causal=False"
+            raise ConfigError(f"attention with {why} cannot decode: every output depends on the tokens to come")
         q_BTD, k_BTD, v_BTD = self.in_proj(x_BTD).chunk(3, -1)
         if self.spec.conv:
             q_BTD, k_BTD, v_BTD = self.conv_q(q_BTD, ctx), self.conv_k(k_BTD, ctx), self.conv_v(v_BTD, ctx)
@@ -64,7 +66,7 @@ class Attention(Mixer):
             table = ctx.table(f"rope {self.head_dim}", lambda: rope_table(offset, q.shape[1], q))
             q, k = rotate(torch.cat([q, k], 2), table).chunk(2, 2)
         dropout = self.dropout if self.training else 0.0
-        return SoftmaxInputs(q_BTHK=q, k_BTHK=k, v_BTHV=v, scale=self.scale, causal=self.causal, dropout=dropout)
+        return SoftmaxInputs(q_BTHK=q, k_BTHK=k, v_BTHV=v, scale=self.scale, causal=self.masked, dropout=dropout)
 
     def step_in_place(self, x_BD: Tensor, ctx: Context) -> Tensor:
         """Decode one token from the padded cache: keys and values go to row `ctx.position`, and the query sees the rows up to it."""
@@ -89,7 +91,7 @@ class Attention(Mixer):
 
     def op_flops(self, seq_len: int) -> float:
         """4 K per head and visible position (scores 2, weighted sum 2), at the mean context: (T + 1) / 2, or T without the mask."""
-        context = (seq_len + 1) / 2 if self.causal else seq_len
+        context = (seq_len + 1) / 2 if self.masked else seq_len
         return 4.0 * self.num_heads * self.head_dim * context
 
     def effective(self) -> dict[str, Any]:
@@ -99,7 +101,7 @@ class Attention(Mixer):
             "head_k": self.head_dim,
             "head_v": self.head_dim,
             "scale": self.scale,
-            "causal": self.causal,
+            "causal": self.masked,
             "dropout": self.dropout,
             "rope_base": ROPE_BASE if self.rope else None,
             "norm": "none",

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from hgrn2_bench.errors import ConfigError, unknown
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec
-from hgrn2_bench.layers import ShortConv, conv_buffers
+from hgrn2_bench.layers import ShortConv, activation_dtype, conv_buffers
 
 # HazyResearch/zoology, zoology/mixers/convolution.py
 FEATURES, HIDDEN = 3, 16
@@ -61,16 +61,22 @@ class BaseConv(Mixer):
             self.conv_x = ShortConv(D, self.width, "conv_x", bias=True)
         self.gate_proj = nn.Linear(D, D)
 
-    def forward(self, x_BTD: Tensor, ctx: Context | None = None) -> Tensor:
-        """Convolve, gate, add the input, all in the dtype of the projection."""
-        ctx = ctx or Context()
+    def recur(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        """The convolution, in the dtype of the projection; a long one has the input for its skip term."""
+        x_BTD = x_BTD.to(activation_dtype(x_BTD))
+        return (self.convolve(x_BTD, ctx), x_BTD) if self.is_long else (self.conv_x(x_BTD, ctx), None)
+
+    def readout(self, o: Tensor, x_BTD: Tensor) -> Tensor:
+        """Gate, then add the input."""
         gate_BTD = self.gate_proj(x_BTD)
-        x_BTD = x_BTD.to(gate_BTD.dtype)
-        mixed_BTD = self.convolve(x_BTD, ctx) if self.is_long else self.conv_x(x_BTD, ctx)
-        return mixed_BTD * gate_BTD + x_BTD
+        mixed_BTD: Tensor = o * gate_BTD + x_BTD.to(gate_BTD.dtype)
+        return mixed_BTD
 
     def convolve(self, x_BTD: Tensor, ctx: Context) -> Tensor:
-        """The long convolution. All inputs seen are left in the state; ValueError where they are more than the filter has taps."""
+        """The long convolution without its skip term; all inputs seen are left in the state.
+
+        ValueError where they are more than the filter has taps.
+        """
         T = x_BTD.shape[1]
         past_BSD = x_BTD[:, :0] if ctx.state is None else ctx.state["past"][0].to(x_BTD.dtype)
         seen_BSD = torch.cat([past_BSD, x_BTD], 1)
@@ -80,7 +86,7 @@ class BaseConv(Mixer):
             ctx.next_state["past"] = (seen_BSD if ctx.lengths_B is None else right_aligned(seen_BSD, T, ctx.lengths_B),)
         h_SD = self.taps(seen_BSD.shape[1])
         y_BTD = last_sum(seen_BSD, h_SD) if T == 1 else causal_convolution(seen_BSD, h_SD)[:, -T:]
-        return y_BTD.to(x_BTD.dtype) + x_BTD
+        return y_BTD.to(x_BTD.dtype)
 
     def taps(self, S: int) -> Tensor:
         """The first S taps of the filter, (S, D), in float32 or wider: under autocast too, where bfloat16 cannot tell all lags apart."""

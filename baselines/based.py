@@ -42,6 +42,7 @@ class Based(Mixer):
 
     version: ClassVar[int] = 1
     family: ClassVar[str] = "scalar_decay"
+    position_free: ClassVar[bool] = True
     state_setting: ClassVar[str] = "feature_dim"
 
     num_heads: int = 1

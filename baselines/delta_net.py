@@ -33,6 +33,7 @@ class DeltaNet(Mixer):
 
     version: ClassVar[int] = 1
     family: ClassVar[str] = "delta_rule"
+    position_free: ClassVar[bool] = True
     state_setting: ClassVar[str] = "num_heads"
 
     num_heads: int | None = None

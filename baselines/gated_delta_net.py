@@ -41,6 +41,7 @@ class GatedDeltaNet(Mixer):
     version: ClassVar[int] = 1
     gated: ClassVar[bool] = True
     family: ClassVar[str] = "delta_rule"
+    position_free: ClassVar[bool] = True
     no_weight_decay: ClassVar[tuple[str, ...]] = ("A_log",)
     state_setting: ClassVar[str] = "expand_k"
 

@@ -29,6 +29,7 @@ class GLA(Mixer):
     version: ClassVar[int] = 1
     gated: ClassVar[bool] = True
     family: ClassVar[str] = "per_channel_decay"
+    position_free: ClassVar[bool] = True
     state_setting: ClassVar[str] = "expand_k"
 
     num_heads: int = 4

@@ -36,6 +36,7 @@ class GSA(Mixer):
     version: ClassVar[int] = 1
     gated: ClassVar[bool] = True
     family: ClassVar[str] = "gated_slots"
+    position_free: ClassVar[bool] = True
     state_setting: ClassVar[str] = "num_slots"
 
     num_heads: int = 4

@@ -36,6 +36,7 @@ class HGRN1(Mixer):
     gated: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
     family: ClassVar[str] = "diagonal_scan"
+    position_free: ClassVar[bool] = True
 
     variant: Literal["paper", "fla"] = "paper"
 

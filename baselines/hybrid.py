@@ -40,7 +40,7 @@ class Hybrid(Mixer):
             raise ConfigError(f"backend={spec.backend}: {self.label} has only {', '.join(mixer.backends)}")
         first = next(layer for layer in range(spec.first, spec.layer + 1) if self.layers[layer % len(self.layers)] == self.label)
         self.part = mixer(replace(spec, first=first, settings={}))
-        for fact in ("gated", "bounded", "rotary", "family", "cached"):
+        for fact in ("gated", "bounded", "rotary", "family", "cached", "position_free", "in_readout"):
             setattr(self, fact, getattr(self.part, fact))
 
     def _check_depth(self, num_layers: int) -> None:

@@ -42,6 +42,7 @@ class LinearAttention(Mixer):
 
     version: ClassVar[int] = 1
     family: ClassVar[str] = "scalar_decay"
+    position_free: ClassVar[bool] = True
     state_setting: ClassVar[str] = "num_heads"
 
     num_heads: int = 1

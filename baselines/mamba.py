@@ -37,6 +37,7 @@ class Mamba(Mixer):
     version: ClassVar[int] = 1
     gated: ClassVar[bool] = True
     family: ClassVar[str] = "selective_scan"
+    position_free: ClassVar[bool] = True
     backends: ClassVar[tuple[str, ...]] = ("reference", "chunked")
     no_weight_decay: ClassVar[tuple[str, ...]] = ("A_log", "D")
     state_setting: ClassVar[str] = "d_state"

@@ -40,6 +40,7 @@ class Mamba2(Mixer):
     version: ClassVar[int] = 1
     gated: ClassVar[bool] = True
     family: ClassVar[str] = "scalar_decay"
+    position_free: ClassVar[bool] = True
     no_weight_decay: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias")
     state_setting: ClassVar[str] = "d_state"
 

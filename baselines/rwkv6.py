@@ -129,17 +129,21 @@ class RWKV6(Mixer):
         """The inputs of the recurrence: every write one step late."""
         return delayed(self.writes(self.mixtures(x_BTD, ctx), ctx))
 
-    def forward(self, x_BTD: Tensor, ctx: Context | None = None) -> Tensor:
+    def recur(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
         """As every mixer's, but the gate needs the token shift of `project`, and the last write has yet to reach the state."""
-        ctx = ctx or Context()
         mixtures = self.mixtures(x_BTD, ctx)
+        ctx.aside["gate"] = mixtures[-1]
         written = self.writes(mixtures, ctx)
         if ctx.lengths_B is not None:
             written = written.masked(ctx.lengths_B)
-        o, (S_BHKV,) = families.run(delayed(written), self.spec.backend, ctx.state["op"] if ctx.state else None)
+        o, (S_BHKV,) = families.recur(delayed(written), self.spec.backend, ctx.state["op"] if ctx.state else None)
         if ctx.return_state:
             ctx.next_state["op"] = (last_written(written, S_BHKV),)
-        return self.readout(o, mixtures[-1])
+        return o, written.skip
+
+    def finish(self, o: Tensor, x_BTD: Tensor, ctx: Context) -> Tensor:
+        """The read-out, with the gate's mixture for its input."""
+        return self.readout(o, ctx.aside["gate"])
 
     def readout(self, o: Tensor, x_BTD: Tensor) -> Tensor:
         """Norm per head, swish gate, output projection; `x_BTD` is the gate's mixture."""

@@ -68,6 +68,7 @@ class RWKV7(Mixer):
     family: ClassVar[str] = "diagonal_low_rank"
     state_setting: ClassVar[str] = "head_dim"
     no_weight_decay: ClassVar[tuple[str, ...]] = ("mu", "rho")
+    in_readout: ClassVar[tuple[str, ...]] = ("out_proj",)
 
     head_dim: int | None = None
     decay_low_rank_dim: int | None = None

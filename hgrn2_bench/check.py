@@ -131,6 +131,8 @@ def layers_of(cell: Cell) -> list[Subject]:
     except Exception as error:  # importing a user's file runs it
         raise ConfigError(f"model={cell.model_ref}: cannot import it: {type(error).__name__}: {error}") from None
     config = cell.model_config
+    if config.scan not in ("causal", "both"):
+        raise ConfigError(f"scan={config.scan} needs images: check looks at scan=causal and scan=both")
     spec = mixer_spec(config, config.num_layers - 1, cell.backend, cell.settings, LONGEST)
     return [Subject(cls, replace(spec, layer=layer), SHAKE, cell.device) for layer in range(spec.first, config.num_layers)]
 

@@ -52,6 +52,7 @@ class Classifier(Backbone):
         classes: int,
         pairs: bool = False,
         mask_padding: bool = True,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         D = config.d_model
         ends = Ends(
@@ -59,6 +60,7 @@ class Classifier(Backbone):
             head=lambda: PairHead(D, classes) if pairs else nn.Linear(D, classes),
         )
         super().__init__(config, mixer, settings, backend, max_len, ends)
+        self.grid = grid
         self.vocab_size, self.channels, self.pairs, self.mask_padding = vocab_size, channels, pairs, mask_padding
 
     def logits(self, inputs: Tensor, lengths_B: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from hgrn2_bench.results import Row
 from hgrn2_bench.speeds import named
 from hgrn2_bench.tables import PAIRS_NEEDED, all_solved, half_interval
 
-FITTED = ("conv", "positions", "forget_bias", "lower_bound", "num_layers", "first_layer", "backend", "device", "processes")
+FITTED = ("conv", "positions", "forget_bias", "lower_bound", "num_layers", "first_layer", "scan", "backend", "device", "processes")
 """Shared settings that a model may lack or a preset sets per model: equal where both models have a value in common, else noted."""
 INTERVAL_NEEDED = 3
 SIMILAR = 1.1

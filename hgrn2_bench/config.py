@@ -42,6 +42,8 @@ class ModelConfig:
     channel_dropout: float = 0.0
     """Inside a GLU, on the product of its branches."""
     init: str = choice("mixer", "blanket")
+    scan: str = choice("causal", "both", "2d_parallel", "2d_series")
+    """The orders in which mixers read: see `hgrn2_bench.directions`."""
     first_layer: str = "none"
     """A registered model whose mixer takes layer 0 of every model, or `none`."""
 

@@ -73,11 +73,11 @@ class Subject:
     @functools.cached_property
     def carry(self) -> dict[str, Tensor]:
         """What the layers of its kind before it leave for one token; it stands for every token, so that no check depends on them."""
-        carry: dict[str, Tensor] = {}
+        carry: dict[str, Any] = {}
         x_BTD = torch.linspace(-1, 1, self.spec.d_model, device=self.device)[None, None]
         with torch.no_grad():
             for layer in range(self.spec.first, self.spec.layer):
-                self.having(layer=layer).build()(x_BTD, Context(shared=self.shared, carry=carry))
+                self.having(layer=layer, scan="causal").build()(x_BTD, Context(shared=self.shared, carry=carry))
         return carry
 
     def context(self, **fields: Any) -> Context:
@@ -87,6 +87,16 @@ class Subject:
     def inputs(self, batch: int, length: int, seed: int = 1) -> Tensor:
         """Standard normal inputs (B, T, D), the same on every device."""
         return torch.randn(batch, length, self.spec.d_model, generator=torch.Generator().manual_seed(seed)).to(self.device)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it reads forward, and so decodes; what other scans give depends on the tokens to come."""
+        return self.spec.scan == "causal"
+
+    def must_be_causal(self) -> None:
+        """DoesNotApplyError under another scan."""
+        if not self.is_causal:
+            raise DoesNotApplyError(f"scan={self.spec.scan} reads both ways: there is no causality, and no decoding")
 
     @property
     def is_attention(self) -> bool:
@@ -171,6 +181,7 @@ def gradients(subject: Subject, lengths: Sequence[int] = (1, LENGTH, LONG)) -> s
 
 def causality(subject: Subject, changed: Sequence[int] = (1, 16, 33, 40, LONG - 1), relative: float = 1e-5) -> str:
     """A changed token leaves earlier outputs as they were, up to `relative` of the largest output, and is seen later."""
+    subject.must_be_causal()
     mixer, x = subject.build(), subject.inputs(2, LONG)
     before, worst = mixer(x, subject.context()), 0.0
     require(bool(before.isfinite().all()), "the output is not finite")
@@ -198,6 +209,7 @@ def determinism(subject: Subject) -> str:
 
 def decoding(subject: Subject, prompts: Sequence[int] = (0, 1, 9)) -> str:
     """A prompt in one call and the rest step by step give the outputs and the state of one forward pass."""
+    subject.must_be_causal()
     mixer, x, errors = subject.at_rope.build(), subject.inputs(2, LENGTH), []
     whole = subject.context(return_state=True)
     want = mixer(x, whole)
@@ -213,6 +225,7 @@ def decoding(subject: Subject, prompts: Sequence[int] = (0, 1, 9)) -> str:
 
 def two_chunks(subject: Subject) -> str:
     """A sequence in two calls gives the outputs of one."""
+    subject.must_be_causal()
     mixer, x, first = subject.at_rope.build(), subject.inputs(2, LONG), subject.context(return_state=True)
     start = mixer(x[:, :33], first)
     rest = mixer(x[:, 33:], subject.context(state=first.next_state))
@@ -226,11 +239,13 @@ def padding(subject: Subject) -> str:
         raise DoesNotApplyError("a plain module is not told the true lengths")
     mixer, lengths = subject.at_rope.build(), (LENGTH, 9, 2, 1)
     x, errors = subject.inputs(len(lengths), LENGTH), []
-    padded = subject.context(lengths_B=torch.tensor(lengths, device=subject.device), return_state=True)
+    padded = subject.context(lengths_B=torch.tensor(lengths, device=subject.device), return_state=subject.is_causal)
     y = mixer(x, padded)
     for row, length in enumerate(lengths):
-        alone, what = subject.context(return_state=True), f"a row of length {length} with padding against the row alone"
+        alone, what = subject.context(return_state=subject.is_causal), f"a row of length {length} with padding against the row alone"
         errors.append(agree(y[row : row + 1, :length], mixer(x[row : row + 1, :length], alone), what))
+        if not subject.is_causal:
+            continue
         state = {name: tuple(t[row : row + 1] for t in padded.next_state[name]) for name in alone.next_state}
         if subject.is_attention:  # its cache keeps the padding: decoding after padded prefill is refused by the op
             del alone.next_state["op"]
@@ -266,6 +281,7 @@ def batch_independence(subject: Subject) -> str:
 
 def state_bytes(subject: Subject, lengths: Sequence[int] = (5, LENGTH), itemsize: int = 4) -> str:
     """`state_size` is what the tensors of the decoding state take; `itemsize` 2 decodes under bfloat16 autocast."""
+    subject.must_be_causal()
     mixer, held = subject.build(), []
     for length in lengths:
         with torch.no_grad(), torch.autocast(subject.device, torch.bfloat16, enabled=itemsize == 2):
@@ -292,7 +308,7 @@ def backends(subject: Subject) -> str:
 
 def _everything(subject: Subject) -> tuple[Mapping[str, Tensor], MixerState]:
     """Outputs and gradients by name, and the final state, of one forward and backward pass."""
-    mixer, x, ctx = subject.build(), subject.inputs(2, LONG).requires_grad_(), subject.context(return_state=True)
+    mixer, x, ctx = subject.build(), subject.inputs(2, LONG).requires_grad_(), subject.context(return_state=subject.is_causal)
     y = mixer(x, ctx)
     loss_of(y).backward()
     grads = {f"gradient of {name}": p.grad for name, p in [("the input", x), *mixer.named_parameters()]}

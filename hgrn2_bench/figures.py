@@ -15,7 +15,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from hgrn2_bench import fairness
-from hgrn2_bench.lines import Line, Part, Run, as_published, best_lines, chosen_on, commits, comparable, learned, place_of, settings_of
+from hgrn2_bench.lines import (
+    Line,
+    Part,
+    Run,
+    as_published,
+    best_lines,
+    chosen_on,
+    commits,
+    comparable,
+    learned,
+    looks_ahead,
+    place_of,
+    settings_of,
+)
 from hgrn2_bench.protocol import Figure, Protocol
 from hgrn2_bench.published import reproduced
 from hgrn2_bench.render import Column, Table, render, short
@@ -253,7 +266,7 @@ class _Names:
             row = point.line.first
             settings = settings_of(row)
             words = [f"{key.removeprefix(f'{row.model}.')} {short(settings.get(key))}" for key in self.varying[row.model]]
-            words += ["not causal"] if row.effective.get("causal") is False else []
+            words += ["not causal"] if looks_ahead(row) else []
             curves[row.model, ", ".join(words)].append(point)
             for name, value in row.floors.items():
                 floors[name][point.x] = value

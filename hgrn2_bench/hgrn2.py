@@ -55,6 +55,7 @@ class HGRN2(Mixer):
     gated: ClassVar[bool] = True
     bounded: ClassVar[bool] = True
     family: ClassVar[str] = "per_channel_decay"
+    position_free: ClassVar[bool] = True
     state_setting: ClassVar[str] = "expand_ratio"
 
     expand_ratio: int | None = None

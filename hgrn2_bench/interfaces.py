@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from hgrn2_bench import directions
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.ops import families
 
@@ -36,6 +37,8 @@ class MixerSpec:
     """Tokens of the longest sequence; 0 where it is not known in advance."""
     first: int = 0
     """The first layer that has this mixer: 0 unless the layers differ."""
+    scan: str = "causal"
+    """The orders in which it reads, of `hgrn2_bench.directions`."""
 
 
 @dataclass
@@ -44,13 +47,15 @@ class Context:
 
     shared: Mapping[str, Tensor] = field(default_factory=dict)
     """Tensors of the whole model; `lower_bound` is (num_layers, D)."""
-    carry: dict[str, Tensor] = field(default_factory=dict)
+    carry: dict[str, Any] = field(default_factory=dict)
     """What a layer leaves for the layers after it, about the same tokens: one dictionary for all layers of one call."""
-    tables: dict[str, Tensor] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
     """What depends on positions alone, and is the same in every layer: one dictionary for all layers of one call."""
     aside: dict[str, Tensor] = field(default_factory=dict)
     """What `project` leaves for `finish` of the same layer."""
     lengths_B: Tensor | None = None
+    grid: tuple[int, int] | None = None
+    """Height and width of the image that the tokens are, row by row; None for sequences."""
     state: MixerState | None = None
     position: Tensor | None = None
     """How many tokens came before, (1,), where the state's own length does not tell: in `step_in_place`."""
@@ -61,11 +66,12 @@ class Context:
         """The table of this name, made by the first layer that asks for it."""
         if name not in self.tables:
             self.tables[name] = make()
-        return self.tables[name]
+        table: Tensor = self.tables[name]
+        return table
 
 
 class Mixer(nn.Module):
-    """A token mixer: `forward(x) = readout(op(project(x)), x)`, (B, T, D) -> (B, T, D), causal.
+    """A token mixer: `forward(x) = readout(op(project(x)), x)`, (B, T, D) -> (B, T, D), causal unless `spec.scan` says otherwise.
 
     Subclasses set the class facts below, build their parameters in `__init__(spec)` after `super().__init__(spec)`,
     and write `project`, `readout`, `state_size` and `op_flops`.
@@ -82,11 +88,16 @@ class Mixer(nn.Module):
     convolved: ClassVar[bool] = True
     """Builds `spec.conv` on its streams; False for a mixer that is a convolution itself, to which `conv` does not apply."""
     family: ClassVar[str] = ""
-    """The recurrence family it runs (`hgrn2_bench.ops.families`); empty for a mixer without one, which writes its own `forward`."""
+    """The recurrence family it runs (`hgrn2_bench.ops.families`); empty for a mixer without one, which writes `recur` or `forward`."""
     backends: ClassVar[tuple[str, ...]] = ("reference", "chunked", "fla")
     """Implementations that its family has."""
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     """Names of own parameters that the optimiser must not decay."""
+    position_free: ClassVar[bool] = False
+    """Promises that `project`, short convolutions aside, gives a token the same wherever it stands (no shift, no rotation): other scans
+    than the causal one then project once for all orders."""
+    in_readout: ClassVar[tuple[str, ...]] = ("gate_proj", "out_proj")
+    """Names of own modules that the read-out applies; `project` applies the others."""
     label = ""
     """What tells this layer's mixer from other layers' of one model; empty where all layers are alike."""
     cached: ClassVar[tuple[str, ...]] = ()
@@ -101,6 +112,10 @@ class Mixer(nn.Module):
             if name not in type(self).setting_names():
                 raise ConfigError(f"{type(self).__name__} has no setting {name!r}")
             setattr(self, name, value)
+        rigid = type(self).forward is not Mixer.forward and not getattr(type(self), "parts", "")
+        if spec.scan != "causal" and rigid:
+            name = type(self).__name__
+            raise ConfigError(f"{name} has a `forward` of its own, so it reads in one order only: give {name}.scan=causal")
 
     @classmethod
     def setting_names(cls) -> tuple[str, ...]:
@@ -138,22 +153,32 @@ class Mixer(nn.Module):
         return {}
 
     def forward(self, x_BTD: Tensor, ctx: Context | None = None) -> Tensor:
-        """Mix one batch; with `ctx.return_state` the final state is left in `ctx.next_state`."""
+        """Mix one batch; with `ctx.return_state` the final state is left in `ctx.next_state`. ConfigError where `spec.scan` has none."""
         ctx = ctx or Context()
+        if self.spec.scan != "causal":
+            return directions.mix(self, x_BTD, ctx)
+        return self.finish(directions.with_skip(*self.recur(x_BTD, ctx)), x_BTD, ctx)
+
+    def recur(self, x_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor | None]:
+        """All before the read-out, in the order in which the tokens are given: the recurrence's output, and its skip term."""
         inputs = self.project(x_BTD, ctx)
+        return self.run(inputs, ctx), inputs.skip
+
+    def run(self, inputs: families.OpInputs, ctx: Context) -> Tensor:
+        """The recurrence alone, without skip term; padding is made neutral."""
         if ctx.lengths_B is not None:
             inputs = inputs.masked(ctx.lengths_B)
-        o, state = families.run(inputs, self.spec.backend, ctx.state["op"] if ctx.state else None)
+        o, state = families.recur(inputs, self.spec.backend, ctx.state["op"] if ctx.state else None)
         if ctx.return_state:
             ctx.next_state["op"] = state
-        return self.finish(o, x_BTD, ctx)
+        return o
 
     def step(
         self,
         x_BD: Tensor,
         state: MixerState | None,
         shared: Mapping[str, Tensor] | None = None,
-        carry: dict[str, Tensor] | None = None,
+        carry: dict[str, Any] | None = None,
     ) -> tuple[Tensor, MixerState]:
         """Decode one token: (B, D) and the state so far (None at the start) to (B, D) and the next state.
 

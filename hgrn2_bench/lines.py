@@ -157,10 +157,20 @@ def _join(parts: list[tuple[dict[int, str], list[Run]]], hashes: dict[int, str],
     parts.append((dict(hashes), list(runs)))
 
 
+LATER_SETTINGS: dict[str, Any] = {"scan": "causal"}
+"""Settings that came after the first rows, with what rows without them ran with: one line may hold both kinds."""
+
+
 def settings_of(row: Row) -> dict[str, Any]:
     """Everything that sets lines of a table apart, the seed left out."""
     place = {"backend": row.backend, "device": row.device, "processes": row.processes, "version": row.mixer_version}
-    return {k: v for k, v in row.settings.items() if k not in ("seed", *fairness.MATCH_KEYS)} | place
+    settings = {**LATER_SETTINGS, **row.settings}
+    return {k: v for k, v in settings.items() if k not in ("seed", *fairness.MATCH_KEYS)} | place
+
+
+def looks_ahead(row: Row) -> bool:
+    """Whether a model that should read forward was found to know later tokens; under another scan all do, and that is no fault."""
+    return row.effective.get("causal") is False and "scan" not in row.effective
 
 
 def _grouped(runs: Sequence[Run], protocol: Protocol) -> dict[str, list[Run]]:

@@ -212,7 +212,10 @@ def size(cell: Cell, model: "Backbone") -> int:
 
     if cell.matching.match == "params":
         return measure.parameters(model)[1]
-    return measure.state_bytes(model, cell.matching.match_len, engine.itemsize(cell))
+    size = measure.state_bytes(model, cell.matching.match_len, engine.itemsize(cell))
+    if size is None:
+        raise ConfigError(f"match=state has nothing to match: scan={cell.model_config.scan} has no decoding, and so no state")
+    return size
 
 
 def facts(cell: Cell, model: "Backbone") -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hgrn2_bench import directions
 from hgrn2_bench.interfaces import Context, Mixer
 from hgrn2_bench.layers import ShortConv, conv_names
 from hgrn2_bench.model import Backbone
@@ -19,22 +20,31 @@ def parameters(model: Backbone) -> tuple[int, int]:
     return total, total - sum(tables.values())
 
 
-def state_bytes(model: Backbone, seq_len: int, itemsize: int = 4) -> int:
-    """Bytes that decoding holds for one sequence after `seq_len` tokens, summed over layers; activations take `itemsize` bytes."""
-    return sum(m.state_size(seq_len, itemsize) for m in model.mixers)
+def state_bytes(model: Backbone, seq_len: int, itemsize: int = 4) -> int | None:
+    """Bytes that decoding holds for one sequence after `seq_len` tokens, summed over layers; activations take `itemsize` bytes.
+
+    None under a scan that is not causal: it has no decoding.
+    """
+    return None if model.config.scan != "causal" else sum(m.state_size(seq_len, itemsize) for m in model.mixers)
 
 
 def train_flops_per_token(model: Backbone, seq_len: int, labels_per_token: float = 1.0) -> float | None:
     """Training FLOPs per token, three times the forward pass; None where a plain module's own work cannot be known.
 
-    Forward: 2 per weight of every matrix applied to each token (the head only where there are labels), plus each mixer's
-    recurrence in its recurrent form (`Mixer.op_flops`); norms and activations are left out.
+    Forward: 2 per weight of every matrix as often as it is applied to each token (the head only where there are labels), plus each
+    mixer's recurrence in its recurrent form (`Mixer.op_flops`), once for every scan; norms and activations are left out.
     """
-    matrices = matrix_weights(model.blocks)
+    matrices = matrix_weights(model.blocks) + sum(repeated_weights(m) for m in model.mixers)
     head = matrix_weights(model.head) * labels_per_token
-    recurrences = [m.op_flops(seq_len) for m in model.mixers]
-    known = [flops for flops in recurrences if flops is not None]
+    recurrences = [(m.op_flops(seq_len), directions.scans(m)) for m in model.mixers]
+    known = [flops * scans for flops, scans in recurrences if flops is not None]
     return 3 * (2 * (matrices + head) + sum(known)) if len(known) == len(recurrences) else None
+
+
+def repeated_weights(mixer: Mixer) -> int:
+    """Weights of the matrices of a mixer for every time that its scan applies them to a token beyond the first."""
+    matrices = [(name, m) for name, m in mixer.named_modules() if isinstance(m, nn.Linear | nn.Conv1d)]
+    return sum((directions.uses(mixer, name) - 1) * m.weight.numel() for name, m in matrices)
 
 
 def matrix_weights(module: nn.Module) -> int:
@@ -99,6 +109,7 @@ def _effective(model: Backbone, mixer: Mixer) -> dict[str, Any]:
         "local_mixing": " ".join(f"conv {width}" for width in sorted(widths)) or "none",
         "conv": conv_names(mixer),
         "causal": is_causal(model, mixer),
+        **({} if mixer.spec.scan == "causal" else {"scan": directions.describe(mixer)}),
         **mixer.effective(),
         "kernel": kernel(mixer.spec.backend, inputs),
         "state_dtype": "float32" if recurrent else "that of the activations",
@@ -109,7 +120,12 @@ def _effective(model: Backbone, mixer: Mixer) -> dict[str, Any]:
 
 @torch.no_grad()
 def is_causal(model: Backbone, mixer: Mixer, seq_len: int = 16) -> bool | None:
-    """Whether a changed last token leaves a mixer's earlier outputs as they were; None on fla, whose kernels need a GPU."""
+    """Whether a changed last token leaves a mixer's earlier outputs as they were; None on fla, whose kernels need a GPU.
+
+    False without a test where the scan itself looks ahead.
+    """
+    if mixer.spec.scan != "causal":
+        return False
     if mixer.spec.backend == "fla":
         return None
     was_training = mixer.training

@@ -26,7 +26,7 @@ def mixer_spec(config: ModelConfig, layer: int, backend: str, settings: Mapping[
     """What the configuration says to the mixer of one layer."""
     shared = (config.conv, config.forget_bias, config.positions)
     first = 0 if config.first_layer == "none" else 1
-    return MixerSpec(config.d_model, layer, config.num_layers, *shared, backend, settings, max_len, min(first, layer))
+    return MixerSpec(config.d_model, layer, config.num_layers, *shared, backend, settings, max_len, min(first, layer), config.scan)
 
 
 def make_mixer(config: ModelConfig, mixer: type[Mixer], spec: MixerSpec) -> Mixer:
@@ -150,6 +150,8 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.backend = config, backend
+        self.grid: tuple[int, int] | None = None
+        """Height and width where the inputs are the pixels of an image, which a suite sets."""
         self.embedding = ends.embedding()
         self.position = nn.Embedding(max_len, config.d_model) if config.positions == "learned" else None
         if config.positions == "sinusoid":
@@ -187,10 +189,10 @@ class Backbone(nn.Module):
         """Hidden states (B, T, D) after the final norm. ValueError where the sequence is longer than the table of positions."""
         x_BTD = self.embed(inputs)
         shared = self.shared()
-        carry: dict[str, Tensor] = {}
-        tables: dict[str, Tensor] = {}
+        carry: dict[str, Any] = {}
+        tables: dict[str, Any] = {}
         for block in self.blocks:
-            x_BTD = block(x_BTD, Context(shared=shared, carry=carry, tables=tables, lengths_B=lengths_B))
+            x_BTD = block(x_BTD, Context(shared=shared, carry=carry, tables=tables, lengths_B=lengths_B, grid=self.grid))
         return normed(self.norm, x_BTD, lengths_B)
 
     def embed(self, inputs: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ class Description:
 
     parameters: int
     non_embedding_parameters: int
-    state_bytes: int
+    state_bytes: int | None
     train_flops_per_token: float | None
     steps: int
     tokens: int

@@ -13,7 +13,19 @@ from typing import Any
 
 from hgrn2_bench import fairness
 from hgrn2_bench.averages import averages
-from hgrn2_bench.lines import Line, Run, as_published, beats_floors, best_lines, chosen_on, commits, comparable, learned, settings_of
+from hgrn2_bench.lines import (
+    Line,
+    Run,
+    as_published,
+    beats_floors,
+    best_lines,
+    chosen_on,
+    commits,
+    comparable,
+    learned,
+    looks_ahead,
+    settings_of,
+)
 from hgrn2_bench.protocol import Protocol
 from hgrn2_bench.render import Column, Score, Table, byte_count, count, short
 from hgrn2_bench.results import Row
@@ -84,7 +96,7 @@ def _status(line: Line, best: Line | None, seeds: Sequence[int], protocol: Proto
     ran = [run.row.seed for run in line.runs]
     if ran != list(seeds):
         words.append(f"seed{'s' * (len(ran) > 1)} {_listed(ran)} only")
-    if line.first.effective.get("causal") is False:
+    if looks_ahead(line.first):
         words.append("not causal")
     words += [f"best {key} at the edge of its grid" for key in line.edge]
     if best is not None and line is not best and not all_solved((line, best), protocol) and indistinguishable(line, best):
@@ -215,6 +227,9 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
         notes.append(f"plain modules ({', '.join(plain)}) decode by recomputing: their state is all past inputs, their FLOPs are not known")
     built = sorted({f"{row.model}: {short(row.effective['layers'])}" for row in rows if row.effective.get("layers")})
     notes += [f"layers of {text}" for text in built]
+    for scan in sorted({row.effective["scan"] for row in rows if row.effective.get("scan")}):
+        models = sorted({row.model for row in rows if row.effective.get("scan") == scan})
+        notes.append(f"scan {scan}, nothing is decoded and no state held: {', '.join(models)}")
     if not one_device:
         notes.append("no speed column: the rows come from several devices")
     counts = sum(row.truncated + row.skipped for row in rows)

@@ -6,7 +6,9 @@ Every implementation module (`reference`, `chunked`, `fla`) has one function per
 Recurrent states are fp32 or wider.
 """
 
+import dataclasses
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
@@ -199,8 +201,24 @@ def zero_padding(x: Tensor, lengths_B: Tensor) -> Tensor:
     return x.masked_fill(padding_BT.reshape(*padding_BT.shape, *[1] * (x.ndim - 2)), 0)
 
 
+def over_time(inputs: OpInputs, change: Callable[[Tensor], Tensor]) -> OpInputs:
+    """The same inputs without skip term, every tensor over time, (B, T, ...), changed; what has two axes at most is not over time."""
+    fields = {f.name: getattr(inputs, f.name) for f in dataclasses.fields(inputs)}  # type: ignore[arg-type]
+    changed = {name: change(x) for name, x in fields.items() if name != "skip" and isinstance(x, Tensor) and x.ndim > 2}
+    return replace(inputs, **changed, skip=None)  # type: ignore[type-var]
+
+
 def run(inputs: OpInputs, backend: str, state: State | None = None) -> tuple[Tensor, State]:
     """Run one recurrence on a resolved backend (`reference`, `chunked` or `fla`), and add the skip term.
+
+    Raises as `recur` does.
+    """
+    o, final = recur(inputs, backend, state)
+    return (o if inputs.skip is None else o + inputs.skip), final
+
+
+def recur(inputs: OpInputs, backend: str, state: State | None = None) -> tuple[Tensor, State]:
+    """Run one recurrence on a resolved backend, and leave its skip term to the caller.
 
     Raises ValueError where the backend has no implementation of the family.
     """
@@ -208,5 +226,5 @@ def run(inputs: OpInputs, backend: str, state: State | None = None) -> tuple[Ten
     function = getattr(module, inputs.family, None)
     if function is None:
         raise ValueError(f"backend={backend} has no {inputs.family}; use backend=chunked")
-    o, final = function(inputs, state)
-    return (o if inputs.skip is None else o + inputs.skip), final
+    result: tuple[Tensor, State] = function(inputs, state)
+    return result

@@ -64,13 +64,14 @@ class Encoded:
     labels_N: np.ndarray
     cut_N: np.ndarray
     """bool: whether a text of the item was longer than the limit."""
+    vocab_size: int
     skipped: dict[str, int] = field(default_factory=dict)
 
     def split(self, indices_N: np.ndarray) -> Split:
         """The items of some indices."""
         texts = [take_texts(each, indices_N) for each in self.texts]
         second = texts[1] if len(texts) > 1 else None
-        return Split(texts[0], self.labels_N[indices_N], second, int(self.cut_N[indices_N].sum()), dict(self.skipped))
+        return Split(texts[0], self.labels_N[indices_N], second, int(self.cut_N[indices_N].sum()), dict(self.skipped), self.vocab_size)
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -106,4 +107,4 @@ def encode(rows: Source, vocabulary: Vocabulary, max_length: int, texts_per_row:
             buffer += vocabulary.ids(text[: max_length - 1]).tobytes() + end
             stops.append(len(buffer) // dtype.itemsize)
     texts = tuple(Texts(np.frombuffer(buffer, dtype), np.array(stops, np.int64)) for buffer, stops in zip(buffers, ends, strict=True))
-    return Encoded(texts, np.array(labels, np.int64), np.array(cut, bool), skipped)
+    return Encoded(texts, np.array(labels, np.int64), np.array(cut, bool), len(vocabulary), skipped)

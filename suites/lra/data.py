@@ -4,7 +4,7 @@ import functools
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,8 +12,8 @@ from hgrn2_bench.errors import ConfigError
 from suites.lra import listops, pathfinder, readers, shards, standins
 from suites.lra.files import cache_folder, data_folder
 from suites.lra.items import Split, Texts
+from suites.lra.places import find
 from suites.lra.protocol import LRAConfig
-from suites.lra.splits import take_texts
 
 SIZES = {
     # items of train, validation and test: state-spaces/s4, files of the archive
@@ -37,8 +37,6 @@ class Data:
     """A task's splits `train`, `validation` and `test`."""
 
     splits: Mapping[str, Split]
-    vocab_size: int
-    """0 for images."""
 
     @property
     def truncated(self) -> int:
@@ -87,34 +85,23 @@ def load(config: LRAConfig) -> Data:
 def vocab_size(config: LRAConfig) -> int:
     """Ids of a task of tokens; of real text they are counted in its training data."""
     if config.dataset == "listops":
-        return listops.VOCAB_SIZE
-    return standins.VOCABULARY if config.source == "standin" else load(config).vocab_size
+        return len(listops.TOKENS) + len(listops.SPECIALS)
+    return standins.VOCABULARY if config.source == "standin" else load(config).splits["train"].vocab_size
 
 
 def _read(config: LRAConfig) -> Data:
     """The user's files; a part of a split is drawn by the split's own seed."""
+    root, wanted = data_folder(), {"val" if name == "validation" else name: count for name, count in sizes(config).items()}
     if config.dataset == "listops":
-        return Data(_named(listops.from_files(data_folder())), listops.VOCAB_SIZE)
-    options = {
+        return Data(_named(listops.splits(listops.read(find(root, "listops").folder), config.longest)))
+    options: dict[str, dict[str, object]] = {
         "text": {"max_length": config.longest, "val_split": HELD_OUT if config.validation == "split" else 0.0},
         "retrieval": {"max_length": config.longest},
         "image": {"grey": config.colour == "grey"},
-        "pathfinder": {"resolution": config.resolution, "difficulty": f"curv_contour_length_{config.contour_length}"},
-    }["pathfinder" if config.dataset == "pathx" else config.dataset]
-    splits = _named(readers.read(config.dataset, data_folder(), **options))
-    splits = {name: _part(splits[name], wanted) for name, wanted in sizes(config).items()}
-    parts = [part for split in splits.values() for part in (split.inputs, split.second) if isinstance(part, Texts)]
-    return Data(splits, 1 + max((int(part.ids_S.max()) for part in parts), default=-1))
-
-
-def _part(split: Split, count: int) -> Split:
-    """So many items of a split, drawn evenly over its classes' order; all where it has no more."""
-    if count >= len(split):
-        return split
-    rows = np.sort(np.random.default_rng(DATA_SEED).permutation(len(split))[:count])
-    parts = [take_texts(part, rows) if isinstance(part, Texts) else part for part in (split.inputs, split.second)]
-    inputs = split.inputs[rows] if isinstance(split.inputs, np.ndarray) else parts[0]
-    return replace(split, inputs=inputs, labels_N=split.labels_N[rows], second=parts[1])
+        "pathfinder": {"difficulty": f"curv_contour_length_{config.contour_length}"},
+        "pathx": {"difficulty": f"curv_contour_length_{config.contour_length}"},
+    }
+    return Data(_named(readers.read(config.dataset, root, **options[config.dataset], items=wanted)))
 
 
 def _named(splits: Mapping[str, Split]) -> dict[str, Split]:
@@ -127,10 +114,7 @@ def _generate(config: LRAConfig) -> Data:
     wanted, workers = sizes(config), len(os.sched_getaffinity(0))
     if config.dataset == "listops":
         task = listops.ListOps(config.min_tokens, config.max_tokens, config.max_depth)
-        made = listops.splits(
-            task, DATA_SEED, {"train": wanted["train"], "val": wanted["validation"], "test": wanted["test"]}, cache_folder(), workers
-        )
-        return Data(_named(made), listops.VOCAB_SIZE)
+        return Data(_named(listops.splits(listops.generate(task, DATA_SEED, wanted, cache_folder(), workers), config.longest)))
     drawn = pathfinder.parameters(config.resolution, config.contour_length)
     key = {"version": PATHFINDER_VERSION, "resolution": config.resolution, "contour_length": config.contour_length, "seed": DATA_SEED}
     make = functools.partial(pathfinder.draw_many, drawn, DATA_SEED)
@@ -140,7 +124,7 @@ def _generate(config: LRAConfig) -> Data:
         arrays = shards.generate(cache_folder(), source, range(start, start + count), workers)
         splits[name] = Split(arrays["images"][..., None], arrays["labels"].astype(np.int64))
         start += count
-    return Data(splits, 0)
+    return Data(splits)
 
 
 def _invent(config: LRAConfig) -> Data:
@@ -151,4 +135,4 @@ def _invent(config: LRAConfig) -> Data:
         "image": lambda count, place: standins.images(count, {"grey": 1, "rgb": 3}[config.colour], DATA_SEED, place),
     }[config.dataset]
     splits = {name: maker(count, place) for place, (name, count) in enumerate(sizes(config).items())}
-    return Data(splits, 0 if config.dataset == "image" else standins.VOCABULARY)
+    return Data(splits)

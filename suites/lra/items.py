@@ -45,6 +45,8 @@ class Split:
     """Items cut to the greatest length."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Items left out, by reason."""
+    vocab_size: int = 0
+    """Ids that a text may have, those that these items lack included; 0 for images."""
 
     def __len__(self) -> int:
         """Number of items."""

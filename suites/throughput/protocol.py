@@ -12,6 +12,7 @@ IDLE = (
     # a training step's learning rate and batch are the suite's own, and nothing is trained to an end
     *("lr", "batch_size", "epochs", "schedule", "warmup", "eval_every", "eval_batch_size", "stop_at", "select", "tune_on", "keep"),
     "cuda_graph",  # `graph` is the key
+    "scan",  # what is timed reads forward
 )
 
 

@@ -198,11 +198,11 @@ def test_stand_ins_are_seeded_balanced_and_differ_between_splits(dataset, shape)
         texts = one.splits["train"].inputs
         assert texts.lengths_N.max() <= 64
         assert all(texts[i][-1] == standins.END for i in range(10))
-        assert texts.ids_S.max() < one.vocab_size
+        assert texts.ids_S.max() < data.vocab_size(config)
 
 
 def test_too_few_items_are_refused(monkeypatch):
-    few = data.Data({name: Split(some_texts([2]), np.zeros(1, np.int64)) for name in ("train", "validation", "test")}, 9)
+    few = data.Data({name: Split(some_texts([2]), np.zeros(1, np.int64)) for name in ("train", "validation", "test")})
     monkeypatch.setattr(data, "_read", lambda config: few)
     with pytest.raises(ConfigError, match="text has 1 train items, 22500 are wanted"):
         data.load(LRAConfig(dataset="text"))

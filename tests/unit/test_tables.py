@@ -743,3 +743,19 @@ def test_models_that_the_source_did_not_run_are_our_extension():
     of = protocol(presets={"smoke": preset})
     told = {each["model"]: each["status"] for each in lines(only([*run(0.9), *run(0.8, model="gla")], of))}
     assert told == {"hgrn2": "ok", "gla": "our extension of the protocol"}
+
+
+def test_rows_from_before_there_were_scans_stand_beside_later_ones():
+    old, new = run(0.9, seed=0), run(0.8, seed=1, settings={"scan": "causal"})
+    (line,) = lines(only([*old, *new]))
+    assert "scan" not in line
+    assert {line["scan"] for line in lines(only([*old, *run(0.7, settings={"scan": "both"})]))} == {"both", "causal"}
+
+
+def test_a_scan_that_looks_ahead_is_a_note_and_no_fault():
+    told = {"scan": "both (all positions at once)", "causal": False}
+    table = only([*run(0.9, settings={"scan": "both"}, effective=told), *run(0.8, settings={"scan": "both"}, model="gla", effective=told)])
+    assert "scan both (all positions at once), nothing is decoded and no state held: gla, hgrn2" in table.notes
+    assert not any("not causal" in line["status"] for line in lines(table))
+    (leaking,) = lines(only(run(0.9, effective={"causal": False})))
+    assert "not causal" in leaking["status"]

@@ -87,6 +87,8 @@ class Mixer(nn.Module):
     """Implementations that its family has."""
     no_weight_decay: ClassVar[tuple[str, ...]] = ()
     """Names of own parameters that the optimiser must not decay."""
+    max_lr: ClassVar[Mapping[str, float]] = {}
+    """Own parameters that learn at no more than this rate at the schedule's peak, and at the same share of the model's rate elsewhere."""
     label = ""
     """What tells this layer's mixer from other layers' of one model; empty where all layers are alike."""
     cached: ClassVar[tuple[str, ...]] = ()

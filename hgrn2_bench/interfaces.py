@@ -98,6 +98,8 @@ class Mixer(nn.Module):
     than the causal one then project once for all orders."""
     in_readout: ClassVar[tuple[str, ...]] = ("gate_proj", "out_proj")
     """Names of own modules that the read-out applies; `project` applies the others."""
+    max_lr: ClassVar[Mapping[str, float]] = {}
+    """Own parameters that learn at no more than this rate at the schedule's peak, and at the same share of the model's rate elsewhere."""
     label = ""
     """What tells this layer's mixer from other layers' of one model; empty where all layers are alike."""
     cached: ClassVar[tuple[str, ...]] = ()

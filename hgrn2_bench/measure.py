@@ -72,6 +72,8 @@ def log_decay_of(inputs: families.OpInputs) -> Tensor | None:
             return inputs.log_f_BTHM
         case families.DiagonalInputs():
             return inputs.log_a_BTD
+        case families.DiagonalSSMInputs():
+            return inputs.log_a_DN
         case families.SelectiveInputs():
             return inputs.dt_BTD[..., None] * inputs.A_DN
     return None

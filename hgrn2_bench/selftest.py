@@ -27,8 +27,8 @@ from hgrn2_bench.ops.families import OpInputs
 SIZES = {"B": 2, "T": 100, "H": 2, "K": 32, "V": 32, "M": 16, "D": 32, "N": 4}
 """T is more than one chunk of the kernels, and no whole number of them."""
 DTYPES = (torch.float32, torch.bfloat16)
-WIDE = ("log_f", "log_a", "beta", "dt", "A")
-"""Gates stay in float32, as mixers have them under autocast."""
+WIDE = ("log_f", "log_a", "theta", "beta", "dt", "A")
+"""Gates stay in float32, as mixers have them under autocast; so does what is complex, in complex64."""
 
 
 def samples() -> dict[str, OpInputs]:
@@ -52,6 +52,7 @@ def samples() -> dict[str, OpInputs]:
         "diagonal_low_rank": families.DiagonalLowRankInputs(*qkv, a_BTHK, -a_BTHK * draw("BTHK").sigmoid(), decay("BTHK"), scale),
         "gated_slots": families.SlotInputs(*qkv, -torch.expm1(log_f_BTHM), log_f_BTHM, scale),
         "diagonal_scan": families.DiagonalInputs(draw("BTD"), decay("BTD")),
+        "diagonal_ssm": families.DiagonalSSMInputs(draw("BTD"), decay("DN"), draw("DN"), torch.complex(draw("DN"), draw("DN"))),
         "selective_scan": families.SelectiveInputs(draw("BTD"), F.softplus(draw("BTD")), -draw("DN").exp(), draw("BTN"), draw("BTN")),
         "softmax": families.SoftmaxInputs(*qkv, scale),
     }
@@ -59,8 +60,11 @@ def samples() -> dict[str, OpInputs]:
 
 def placed(inputs: OpInputs, device: str, dtype: torch.dtype) -> OpInputs:
     """The inputs on a device, all but the gates in `dtype`."""
-    moved = {name: x.to(device, torch.float32 if name.startswith(WIDE) else dtype) for name, x in tensors(inputs).items()}
-    return replace(inputs, **moved)  # type: ignore[type-var]
+
+    def target(name: str, x: Tensor) -> torch.dtype:
+        return torch.complex64 if x.is_complex() else torch.float32 if name.startswith(WIDE) else dtype
+
+    return replace(inputs, **{name: x.to(device, target(name, x)) for name, x in tensors(inputs).items()})  # type: ignore[type-var]
 
 
 def compare(case: str, device: str) -> Iterator[dict[str, Any]]:

@@ -57,12 +57,13 @@ class Steps:
         self.in_a_row = 0
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:
-        """Step on one batch at learning rate `rate`."""
+        """Step on one batch at learning rate `rate`, or in a group with an `lr_share` at that share of it."""
         for group in self.optimizer.param_groups:
+            own = rate * group.get("lr_share", 1.0)
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
+                group["lr"].fill_(own)
             else:
-                group["lr"] = rate
+                group["lr"] = own
         shapes = tuple(t.shape for t in batch)
         self.in_a_row = self.in_a_row + 1 if shapes == self.last else 1
         self.last = shapes

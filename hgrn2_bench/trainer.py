@@ -76,19 +76,29 @@ class Progress:
 def make_optimizer(model: nn.Module, config: TrainConfig, device: str) -> torch.optim.AdamW:
     """AdamW with decay on matrices only, or on all parameters where the source does so (`decay_all`).
 
-    A mixer's `no_weight_decay` names stay undecayed unless `decay_all` says otherwise. On a GPU it is one fused kernel, and its learning
-    rate a tensor, which a CUDA graph reads anew at each replay.
+    A mixer's `no_weight_decay` names stay undecayed unless `decay_all` says otherwise; those in its `max_lr` form groups of their own,
+    which learn at the share `lr_share` of the rate. On a GPU it is one fused kernel, and each group's learning rate a tensor, which a
+    CUDA graph reads anew at each replay.
     """
-    exempt = {id(p) for m in model.modules() if isinstance(m, Mixer) for n, p in m.named_parameters() if n in m.no_weight_decay}
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    own = [(m, n, p) for m in model.modules() if isinstance(m, Mixer) for n, p in m.named_parameters()]
+    exempt = {id(p) for m, n, p in own if n in m.no_weight_decay}
+    shares = {id(p): m.max_lr[n] / max(config.lr, m.max_lr[n]) for m, n, p in own if n in m.max_lr}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {(True, 1.0): [], (False, 1.0): []}
     for parameter in model.parameters():
         decays = config.decay_all or (parameter.ndim >= 2 and id(parameter) not in exempt)
-        (decayed if decays else free).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": free, "weight_decay": 0.0}]
+        groups.setdefault((decays, shares.get(id(parameter), 1.0)), []).append(parameter)
     gpu = device == "cuda"
-    rate = torch.tensor(config.lr, device=device) if gpu else config.lr
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, fused=gpu, capturable=gpu)
+    described = [
+        {
+            "params": parameters,
+            "weight_decay": config.weight_decay if decays else 0.0,
+            "lr": torch.tensor(config.lr * share, device=device) if gpu else config.lr * share,
+            "lr_share": share,
+        }
+        for (decays, share), parameters in groups.items()
+        if parameters
+    ]
+    return torch.optim.AdamW(described, fused=gpu, capturable=gpu)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int, steps_per_epoch: int) -> float:

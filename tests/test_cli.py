@@ -361,8 +361,8 @@ def test_plot_writes_figures_with_the_same_bytes_and_says_what_it_leaves_out(tmp
     [
         (["mqar", "--results", "nowhere"], "no rows of mqar in nowhere: run suite=mqar first"),
         (
-            ["mqar", "--results", str(KEPT), "--preset", "paper"],
-            f"no rows of mqar preset paper in {KEPT}: run suite=mqar preset=paper first",
+            ["mqar", "--results", str(KEPT), "--preset", "based"],
+            f"no rows of mqar preset based in {KEPT}: run suite=mqar preset=based first",
         ),
         (["mqar", "--preset", "smoek"], "Did you mean 'smoke'?"),
         (["mqra"], "Did you mean 'mqar'?"),

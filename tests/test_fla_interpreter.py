@@ -141,11 +141,17 @@ def test_two_tokens_run_the_chunk_kernel_also_without_gradients() -> None:
         assert fla.kernel_name(decay_case(2)[0]) == "fla.chunk_gla"
 
 
-def test_selective_scan_is_refused_by_name() -> None:
-    inputs = families.SelectiveInputs(*[torch.zeros(1, 5, 4)] * 2, torch.zeros(4, 2), *[torch.zeros(1, 5, 2)] * 2)
-    with pytest.raises(ConfigError, match="backend=fla has no selective_scan; use backend=chunked"):
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        families.SelectiveInputs(*[torch.zeros(1, 5, 4)] * 2, torch.zeros(4, 2), *[torch.zeros(1, 5, 2)] * 2),
+        families.DiagonalSSMInputs(torch.zeros(1, 5, 4), *[torch.zeros(4, 2)] * 2, torch.zeros(4, 2, dtype=torch.complex64)),
+    ],
+)
+def test_families_without_a_kernel_are_refused_by_name(inputs: families.OpInputs) -> None:
+    with pytest.raises(ConfigError, match=f"backend=fla has no {inputs.family}; use backend=chunked"):
         fla.kernel_name(inputs)
-    with pytest.raises(ValueError, match="backend=fla has no selective_scan"):
+    with pytest.raises(ValueError, match=f"backend=fla has no {inputs.family}"):
         families.run(inputs, "fla")
 
 

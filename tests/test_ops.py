@@ -16,6 +16,7 @@ from hgrn2_bench.ops.families import (
     DeltaInputs,
     DiagonalInputs,
     DiagonalLowRankInputs,
+    OpInputs,
     ScalarDecayInputs,
     SelectiveInputs,
     SlotInputs,
@@ -30,10 +31,7 @@ EXACT = 1e-11
 SINGLE = 2e-5
 """float32 against float64; seen: 5e-6, in sums of 130 steps without decay."""
 
-Inputs = (
-    DecayInputs | ScalarDecayInputs | DeltaInputs | DiagonalLowRankInputs | SlotInputs | DiagonalInputs | SelectiveInputs | SoftmaxInputs
-)
-Case = tuple[Inputs, State]
+Case = tuple[OpInputs, State]
 Decay = Callable[[Tensor], Tensor]
 
 
@@ -108,6 +106,12 @@ def diagonal_case(T: int, decay: Decay = gate, phase: str = "none") -> Case:
     return DiagonalInputs(torch.randn(B, T, D, dtype=dtype), log_a, theta), (torch.randn(B, D, dtype=dtype),)
 
 
+def ssm_case(T: int, decay: Decay = gate) -> Case:
+    log_a, theta = decay(torch.randn(D, N, dtype=torch.float64)), 6.28 * torch.rand(D, N).double()
+    C, state = torch.randn(D, N, dtype=torch.complex128), torch.randn(B, D, N, dtype=torch.complex128)
+    return families.DiagonalSSMInputs(torch.randn(B, T, D, dtype=torch.float64), log_a, theta, C), (state,)
+
+
 def selective_case(T: int, decay: Decay | None = None) -> Case:
     x, dt = torch.randn(B, T, D, dtype=torch.float64), F.softplus(torch.randn(B, T, D, dtype=torch.float64))
     A = -torch.randn(D, N, dtype=torch.float64).exp()
@@ -140,6 +144,7 @@ DECAYING: dict[str, Callable[..., Case]] = {
     "diagonal_scan real": diagonal_case,
     "diagonal_scan angle per channel": partial(diagonal_case, phase="channel"),
     "diagonal_scan angle per step": partial(diagonal_case, phase="step"),
+    "diagonal_ssm": ssm_case,
     "selective_scan": selective_case,
 }
 RECURRENT = DECAYING | {
@@ -161,17 +166,17 @@ def seeded_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scans, "BLOCK_ELEMENTS", 8 * B * D * N)
 
 
-def tensors(inputs: Inputs) -> dict[str, Tensor]:
+def tensors(inputs: OpInputs) -> dict[str, Tensor]:
     return {f.name: x for f in fields(inputs) if isinstance(x := getattr(inputs, f.name), Tensor)}
 
 
-def change(inputs: Inputs, function: Callable[[str, Tensor], Tensor]) -> Inputs:
+def change(inputs: OpInputs, function: Callable[[str, Tensor], Tensor]) -> OpInputs:
     """The inputs with each tensor replaced by `function(name, tensor)`."""
     changed: dict[str, Any] = {name: function(name, x) for name, x in tensors(inputs).items()}
     return replace(inputs, **changed)
 
 
-def steps(inputs: Inputs, which: slice) -> Inputs:
+def steps(inputs: OpInputs, which: slice) -> OpInputs:
     """The inputs at some positions only; what has no time axis stays."""
     T = next(iter(tensors(inputs).values())).shape[1]
     return change(inputs, lambda name, x: x[:, which] if x.ndim > 2 and x.shape[1] == T else x)
@@ -184,7 +189,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def results(inputs: Inputs, state: State | None, backend: str) -> dict[str, Tensor]:
+def results(inputs: OpInputs, state: State | None, backend: str) -> dict[str, Tensor]:
     """The output, the final state, and the gradient of a random weighting of both for every input and for the initial state."""
     inputs = change(inputs, lambda _, x: x.detach().requires_grad_())
     state = None if state is None else tuple(x.detach().requires_grad_() for x in state)
@@ -245,7 +250,6 @@ def test_delta_rule_at_the_limits_of_beta(beta: float, decays: bool) -> None:
 def test_low_rank_recalls_before_the_decay() -> None:
     """One step from a given state, written as one matrix: b receives what a recalls; neither a nor b is confused with the other."""
     inputs, (S,) = low_rank_case(1)
-    assert isinstance(inputs, DiagonalLowRankInputs)
     _, (final,) = families.run(inputs, "reference", (S,))
     for row, head in ((0, 0), (1, 1)):
         k, v, a, b, log_f = (x[row, 0, head] for x in (inputs.k_BTHK, inputs.v_BTHV, inputs.a_BTHK, inputs.b_BTHK, inputs.log_f_BTHK))
@@ -257,8 +261,6 @@ def test_low_rank_recalls_before_the_decay() -> None:
 def test_low_rank_replaces_like_the_delta_rule(T: int) -> None:
     """With a = -f k, b = beta k and k = beta k it is the gated delta rule."""
     rule, state = delta_case(T)
-    assert isinstance(rule, DeltaInputs)
-    assert rule.log_f_BTH is not None
     beta, log_f = rule.beta_BTH[..., None], rule.log_f_BTH[..., None].expand_as(rule.k_BTHK)
     key = beta * rule.k_BTHK
     same = DiagonalLowRankInputs(rule.q_BTHK, key, rule.v_BTHV, -log_f.exp() * rule.k_BTHK, key, log_f, scale=rule.scale)
@@ -300,9 +302,9 @@ def test_bfloat16_inputs_keep_a_wide_state(make: Callable[..., Case], backend: s
     inputs, _ = make(65)
     inputs = change(inputs, lambda _, x: cast(x, torch.bfloat16))
     got = results(inputs, None, backend)
-    is_complex, is_cache = got["o"].is_complex(), inputs.family == "softmax"
-    assert got["o"].dtype == (torch.complex64 if is_complex else torch.bfloat16)
-    assert got["final 0"].dtype == (torch.complex64 if is_complex else torch.bfloat16 if is_cache else torch.float32)
+    is_cache = inputs.family == "softmax"
+    assert got["o"].dtype == (torch.complex64 if got["o"].is_complex() else torch.bfloat16)
+    assert got["final 0"].dtype == (torch.complex64 if got["final 0"].is_complex() else torch.bfloat16 if is_cache else torch.float32)
     want = results(change(inputs, lambda _, x: cast(x, torch.float64)), None, "reference")
     assert_equal(got, want, 0.02)
     if not is_cache:

@@ -28,6 +28,7 @@ from hgrn2_bench.ops.families import (
     State,
 )
 from hgrn2_bench.ops.scans import LOG2E, DiagonalScan, SelectiveScan, scan_rows
+from hgrn2_bench.ops.time_invariant import diagonal_ssm as diagonal_ssm
 
 _LIMITS = {torch.float32: (64, -30.0), torch.float64: (32, -60.0)}
 """Steps of the longest chunk, and the least log2 f of a step; half a chunk of it is at most 960, see `_PerChannelDecay`."""

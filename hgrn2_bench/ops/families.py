@@ -140,7 +140,7 @@ class SlotInputs:
 
 @dataclass(frozen=True)
 class DiagonalInputs:
-    """Diagonal scan (HGRN1, LRU, S4D): h_t = exp(log_a_t + i theta_t) h_{t-1} + x_t, o_t = h_t; state (h_BD,).
+    """Diagonal scan (HGRN1, LRU): h_t = exp(log_a_t + i theta_t) h_{t-1} + x_t, o_t = h_t; state (h_BD,).
 
     `x_BTD` is complex exactly when a phase `theta` is given; `theta` has shape (D,) (one angle per channel) or (B, T, D).
     """
@@ -156,6 +156,27 @@ class DiagonalInputs:
         theta = None if self.theta is None else zero_padding(self.theta.expand(self.log_a_BTD.shape), lengths_B)
         x_BTD, log_a_BTD = zero_padding(self.x_BTD, lengths_B), zero_padding(self.log_a_BTD, lengths_B)
         return replace(self, x_BTD=x_BTD, log_a_BTD=log_a_BTD, theta=theta)
+
+
+@dataclass(frozen=True)
+class DiagonalSSMInputs:
+    """Time-invariant system (S4D): h_t = exp(log_a + i theta) h_{t-1} + x_t, o_t = Re(sum_n C_n h_tn); state (h_BDN,), complex.
+
+    One real input and N complex states per channel; `log_a_DN` is at most 0, `C_DN` complex, and the product of a source's B and C. All
+    steps have one decay, so padding cannot stop it: past a row's length the outputs decay on, and the final state is that at the length.
+    """
+
+    x_BTD: Tensor
+    log_a_DN: Tensor
+    theta_DN: Tensor
+    C_DN: Tensor
+    lengths_B: Tensor | None = None
+    skip: Tensor | None = None
+    family: ClassVar[str] = "diagonal_ssm"
+
+    def masked(self, lengths_B: Tensor) -> "DiagonalSSMInputs":
+        """Zero input at the padding, and the final state at the true lengths."""
+        return replace(self, x_BTD=zero_padding(self.x_BTD, lengths_B), lengths_B=lengths_B)
 
 
 @dataclass(frozen=True)

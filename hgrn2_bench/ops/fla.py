@@ -2,7 +2,7 @@
 
 But a single token without gradient, as in decoding, goes to the recurrent kernel: a chunk kernel would compute 64 tokens for it.
 Gates and states are computed in fp32; the output has the dtype of `v` (matrix states) or `x` (diagonal scan).
-Mamba's selective scan is absent on purpose: its fast kernel is in another package.
+Mamba's selective scan is absent on purpose: its fast kernel is in another package. So is S4D's recurrence, for which fla has none.
 Shape letters as in `families`; E is 2D: the real and imaginary parts of D complex channels, side by side.
 """
 

@@ -15,6 +15,7 @@ from hgrn2_bench.ops.families import (
     DeltaInputs,
     DiagonalInputs,
     DiagonalLowRankInputs,
+    DiagonalSSMInputs,
     ScalarDecayInputs,
     SelectiveInputs,
     SlotInputs,
@@ -118,6 +119,23 @@ def diagonal_scan(inputs: DiagonalInputs, state: State | None) -> tuple[Tensor, 
         h_BD = a_BD * h_BD + x_BD
         o.append(h_BD)
     return torch.stack(o, 1).to(inputs.x_BTD.dtype), (h_BD,)
+
+
+def diagonal_ssm(inputs: DiagonalSSMInputs, state: State | None) -> tuple[Tensor, State]:
+    """h_t = exp(log_a + i theta) h_{t-1} + x_t, o_t = Re(sum_n C_n h_tn), the same at every step (S4D, arXiv 2206.11893)."""
+    dtype = wide_dtype(inputs.x_BTD, inputs.log_a_DN, inputs.theta_DN, inputs.C_DN)
+    a_DN = inputs.log_a_DN.to(dtype).exp() * torch.exp(1j * inputs.theta_DN.to(dtype))
+    C_DN = inputs.C_DN.to(a_DN.dtype)
+    h_BDN = a_DN.new_zeros(len(inputs.x_BTD), *a_DN.shape) if state is None else state[0].to(a_DN.dtype)
+    final_BDN, o = h_BDN, []
+    for t, x_BD in enumerate(inputs.x_BTD.to(dtype).unbind(1)):
+        h_BDN = a_DN * h_BDN + x_BD[..., None]
+        o.append((C_DN * h_BDN).sum(-1).real)
+        if inputs.lengths_B is None:
+            final_BDN = h_BDN
+        else:
+            final_BDN = torch.where((t < inputs.lengths_B.to(h_BDN.device))[:, None, None], h_BDN, final_BDN)
+    return torch.stack(o, 1).to(inputs.x_BTD.dtype), (final_BDN,)
 
 
 def selective_scan(inputs: SelectiveInputs, state: State | None) -> tuple[Tensor, State]:

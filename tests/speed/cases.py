@@ -15,6 +15,7 @@ from hgrn2_bench.ops.families import (
     DeltaInputs,
     DiagonalInputs,
     DiagonalLowRankInputs,
+    DiagonalSSMInputs,
     OpInputs,
     ScalarDecayInputs,
     SelectiveInputs,
@@ -66,6 +67,12 @@ def diagonal(B: int, T: int, D: int) -> DiagonalInputs:
     return DiagonalInputs(torch.randn(B, T, D), F.logsigmoid(torch.randn(B, T, D)))
 
 
+def ssm(B: int, T: int, D: int, N: int) -> DiagonalSSMInputs:
+    dt = torch.logspace(-3, -1, D)[:, None]
+    theta = torch.pi * torch.arange(N) * dt
+    return DiagonalSSMInputs(torch.randn(B, T, D), (-0.5 * dt).expand(D, N), theta, torch.randn(D, N, dtype=torch.complex64))
+
+
 def selective(B: int, T: int, D: int, N: int) -> SelectiveInputs:
     x, dt = torch.randn(2, B, T, D).unbind(0)
     B_BTN, C_BTN = torch.randn(2, B, T, N).unbind(0)
@@ -79,6 +86,7 @@ CPU_CASES: dict[str, Callable[[], OpInputs]] = {
     "diagonal_low_rank": partial(low_rank, SMALL),
     "gated_slots": partial(slots, SMALL),
     "diagonal_scan": partial(diagonal, 16, 512, 64),
+    "diagonal_ssm": partial(ssm, 4, 512, 64, 32),
     "selective_scan": partial(selective, 4, 512, 64, 16),
     "softmax": partial(softmax, (16, 256, 1, 64)),
 }
@@ -100,9 +108,10 @@ def gpu_dtype(family: str) -> torch.dtype:
 
 def training_step(inputs: OpInputs, backend: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Call:
     """One step on a copy of the inputs; `dtype` is that of queries, keys and values, gates stay float32."""
-    wide = ("log_f", "log_a", "beta", "dt", "A_")
+    wide = ("log_f", "log_a", "theta", "beta", "dt", "A_", "C_DN")
     tensors = {f.name: x for f in fields(inputs) if isinstance(x := getattr(inputs, f.name), Tensor)}
-    leaves = {n: x.to(device, torch.float32 if n.startswith(wide) else dtype, copy=True).requires_grad_() for n, x in tensors.items()}
+    dtypes = {n: x.dtype if n.startswith(wide) else dtype for n, x in tensors.items()}
+    leaves = {n: x.to(device, dtypes[n], copy=True).requires_grad_() for n, x in tensors.items()}
     given = replace(inputs, **leaves)
     do = torch.randn_like(families.run(given, backend)[0])
     return lambda: torch.autograd.grad(families.run(given, backend)[0], list(leaves.values()), do)

@@ -24,6 +24,7 @@ LIMITS = {
     "diagonal_low_rank": 1 / 1.5,  # seen: 1 / 4.7
     "gated_slots": 1 / 2,  # seen: 1 / 4.6
     "diagonal_scan": 1 / 2,  # seen: 1 / 3.6
+    "diagonal_ssm": 1 / 1.5,  # seen: 1 / 3
     "selective_scan": 1 / 3,  # seen: 1 / 7
     "softmax": 1,  # seen: 1 / 1.4
 }

@@ -32,8 +32,8 @@ def test_gates_stay_in_float32():
         moved = placed(inputs, "cpu", torch.bfloat16)
         dtypes |= {f.name: x.dtype for f in fields(moved) if isinstance(x := getattr(moved, f.name), Tensor)}
     wide = {name for name, dtype in dtypes.items() if dtype == torch.float32}
-    assert wide == {"log_f_BTHK", "log_f_BTH", "log_f_BTHM", "log_a_BTD", "beta_BTH", "dt_BTD", "A_DN"}
-    assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
+    assert wide == {"log_f_BTHK", "log_f_BTH", "log_f_BTHM", "log_a_BTD", "log_a_DN", "theta_DN", "beta_BTH", "dt_BTD", "A_DN"}
+    assert set(dtypes.values()) == {torch.float32, torch.bfloat16, torch.complex64}
 
 
 def test_loading_imports_the_kernel_that_will_run(monkeypatch):

@@ -13,6 +13,7 @@ from hgrn2_bench.config import TrainConfig
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Mixer
 from hgrn2_bench.plan import make_plan
+from hgrn2_bench.steps import Steps
 from hgrn2_bench.trainer import DivergedError, InterruptedTrainingError, Trainer, learning_rate, make_optimizer
 
 
@@ -97,6 +98,24 @@ def test_weight_decay_takes_matrices_that_the_mixer_does_not_exempt(decay_all, e
     assert decayed == expected
     vectors = {group["weight_decay"] for group in groups for p in group["params"] if p.ndim == 1}
     assert vectors == ({0.3} if decay_all else {0.0})
+
+
+class Slow(Decaying):
+    max_lr = {"matrix": 1e-3}
+
+
+@pytest.mark.parametrize(("lr", "slow"), [(4e-3, 1e-3), (1e-3, 1e-3), (5e-4, 5e-4)])
+def test_parameters_with_a_greatest_rate_follow_the_schedule_below_it(lr, slow):
+    model = Slow()
+    optimizer = make_optimizer(model, TrainConfig(lr=lr, weight_decay=0.3), "cpu")
+    autocast = torch.autocast("cpu", enabled=False)
+    take = Steps(model, optimizer, lambda model, batch: sum(p.sum() for p in model.parameters()), autocast, 0.0, False)
+    for share in (1.0, 0.25):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        take((), share * lr)
+        moved = {name: (before[name] - p.detach()).mean().item() for name, p in model.named_parameters()}
+        decay = 0.3 * share * lr * before["other"].mean().item()
+        assert moved == pytest.approx({"matrix": share * slow, "other": share * lr + decay, "vector": share * lr}, rel=1e-3)
 
 
 def test_training_lowers_the_loss_and_writes_the_curve(folder):

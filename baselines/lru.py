@@ -37,6 +37,8 @@ class LRU(Mixer):
 
     version: ClassVar[int] = 1
     family: ClassVar[str] = "diagonal_scan"
+    position_free: ClassVar[bool] = True
+    in_readout: ClassVar[tuple[str, ...]] = ("C_proj", "out_proj")
     no_weight_decay: ClassVar[tuple[str, ...]] = ("nu_log", "theta_log", "gamma_log", "in_proj.weight")
     max_lr: ClassVar[Mapping[str, float]] = dict.fromkeys(("nu_log", "theta_log", "gamma_log"), RECURRENT_LR)
     state_setting: ClassVar[str] = "d_state"

@@ -47,6 +47,7 @@ class S4D(Mixer):
 
     version: ClassVar[int] = 1
     family: ClassVar[str] = "diagonal_ssm"
+    position_free: ClassVar[bool] = True
     backends: ClassVar[tuple[str, ...]] = ("reference", "chunked")
     no_weight_decay: ClassVar[tuple[str, ...]] = ("log_dt", "log_A_real", "A_imag", "B")
     max_lr: ClassVar[Mapping[str, float]] = dict.fromkeys(("log_dt", "log_A_real", "A_imag", "B"), SSM_LR)

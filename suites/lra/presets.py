@@ -73,11 +73,11 @@ SMOKE = Preset(
         "dtype=float32",
     ),
     tasks={
-        "listops": task("listops", "source=generated", "min_tokens=10", "max_tokens=60", "max_depth=4", "train_examples=6400"),
-        "text": task("text", "source=standin", "max_len=128", "train_examples=3200"),
-        "retrieval": task("retrieval", "source=standin", "max_len=96", "train_examples=3200"),
-        "image": task("image", "source=standin", "train_examples=800", "batch_size=16"),
-        "pathfinder": task("pathfinder", "source=generated", "contour_length=6", "train_examples=800", "batch_size=16"),
+        "listops": task("listops", "source=generated", "min_tokens=10", "max_tokens=60", "max_depth=4", "train_examples=25_600"),
+        "text": task("text", "source=standin", "max_len=128", "train_examples=12_800"),
+        "retrieval": task("retrieval", "source=standin", "max_len=96", "train_examples=12_800"),
+        "image": task("image", "source=standin", "train_examples=1600", "batch_size=16"),
+        "pathfinder": task("pathfinder", "source=generated", "contour_length=6", "train_examples=1600", "batch_size=16"),
         "pathx": task(
             "pathx",
             "source=generated",

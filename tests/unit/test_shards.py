@@ -172,7 +172,7 @@ def test_a_killed_run_leaves_whole_shards_and_no_process_and_the_next_makes_the_
         time.sleep(0.05)
     else:
         pytest.fail("a child outlives its parent")
-    begun, kept = calls(tmp_path), files(tmp_path, given)
+    begun, kept = calls(tmp_path), [name for name in files(tmp_path, given) if name.endswith(".npz")]  # a kill may leave half a file too
     (given.folder(tmp_path) / f"{path_of(given.folder(tmp_path), range(50, 60)).name}.tmp1").write_bytes(b"half")
     check(generate(tmp_path, given, range(60)), range(60))
     assert len(kept) < 6

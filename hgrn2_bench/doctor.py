@@ -45,6 +45,11 @@ TOLERANCES = {
 BUSY_BYTES = 1e9
 """Memory taken on an idle GPU is less."""
 LEAST_FREE, LITTLE_FREE = 0.2 * GB, 5 * GB
+OPTIONAL = {
+    "matplotlib": (("matplotlib",), "plot draws figures", "report"),
+    "pillow, pyarrow": (("PIL", "pyarrow"), "suites read images and parquet files", "lra"),
+}
+"""Packages with the modules they are, what they add, and the extra that installs them."""
 UNUSED = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d", "flash_attn": "flash-attn"}
 """Kernel packages that nothing here calls, by module."""
 
@@ -226,18 +231,21 @@ def environment_findings(facts: Facts) -> Iterator[Finding]:
 
 def package_findings(facts: Facts) -> Iterator[Finding]:
     """Optional packages, and those that one might expect to matter."""
-    if "matplotlib" in facts.modules:
-        yield Finding(OK, "matplotlib: plot draws figures")
-    else:
-        yield Finding(NOTE, "matplotlib is not installed: it would add figures (plot)", 'pip install "hgrn2_bench[report]"')
+    for package, (modules, adds, extra) in OPTIONAL.items():
+        if facts.modules.issuperset(modules):
+            yield Finding(OK, f"{package}: {adds}")
+        else:
+            yield Finding(NOTE, f"{package} is not installed: with it {adds}", f'pip install "hgrn2_bench[{extra}]"')
     there = [name for module, name in UNUSED.items() if module in facts.modules]
     yield Finding(OK, f"{', '.join(UNUSED.values())}: nothing here calls them (installed: {', '.join(there) or 'none'})")
 
 
 def folder_findings(facts: Facts) -> Iterator[Finding]:
-    """Where rows and compiled kernels go."""
+    """Where rows and compiled kernels go, and where data are looked for."""
     yield from _folder("results folder", facts.results, needed=True)
     yield from _folder("kernel cache", facts.cache, needed=bool(facts.driver.gpus))
+    there = "" if facts.data.exists else " (not there; presets that read files need it: set HGRN2_BENCH_DATA)"
+    yield Finding(OK, f"data folder {facts.data.path}{there}")
 
 
 def _folder(what: str, folder: Folder, needed: bool) -> Iterator[Finding]:

@@ -22,7 +22,7 @@ MIB = 1 << 20
 TEST_WITHIN_S = 400.0
 MOST_TESTS_AT_ONCE = 8
 """Each takes a core, 2 GB of memory and half a GB of the GPU's."""
-MODULES = ("flash_qla", "tilelang", "mamba_ssm", "causal_conv1d", "flash_attn", "matplotlib")
+MODULES = ("flash_qla", "tilelang", "mamba_ssm", "causal_conv1d", "flash_attn", "matplotlib", "PIL", "pyarrow")
 """Packages that need not be installed, or whose presence changes what runs, as they are imported."""
 VARIABLES = ("TRITON_INTERPRET", "FLA_FLASH_QLA", "FLA_TILELANG", "FLA_USE_FAST_OPS")
 NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
@@ -118,6 +118,7 @@ class Facts:
     """Registered models by recurrence family."""
     results: Folder = Folder("results/local", False, True, 1 << 40)
     cache: Folder = Folder("~/.triton/cache", False, True, 1 << 40)
+    data: Folder = Folder("data", False, True, 1 << 40)
 
 
 def gather(results: Path, distributions: Sequence[str]) -> Facts:
@@ -139,6 +140,7 @@ def gather(results: Path, distributions: Sequence[str]) -> Facts:
         models_of=models_of,
         results=look_at(results),
         cache=look_at(cache_folder(os.environ), measure=True),
+        data=look_at(Path(os.environ.get("HGRN2_BENCH_DATA", "data"))),
     )
 
 

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import lra_folders
 import numpy as np
 import pytest
 import torch
@@ -212,3 +213,20 @@ def test_every_registered_model_has_a_place_in_preset_test():
     assert {cell.model for cell in cells("preset=test", f"model={','.join(set(registry.models()) - {'hybrid'})}")} == set(
         registry.models()
     ) - {"hybrid"}
+
+
+def test_a_part_of_listops_files_is_that_part(monkeypatch, tmp_path):
+    lra_folders.write_listops(tmp_path, rows=[f"( ( ( [MAX {i} ) 0 ) ] )\t{i}" for i in range(10)])
+    monkeypatch.setenv("HGRN2_BENCH_DATA", str(tmp_path))
+    data.load.cache_clear()
+    made = data.load(LRAConfig(dataset="listops", train_examples=6, validation_examples=3, test_examples=10))
+    assert {name: len(split) for name, split in made.splits.items()} == {"train": 6, "validation": 3, "test": 10}
+    assert len(set(made.splits["train"].labels_N.tolist())) == 6
+
+
+def test_skipped_items_are_counted_not_missed(monkeypatch):
+    part = Split(some_texts([2] * 3), np.zeros(3, np.int64), skipped={"damaged": 1})
+    monkeypatch.setattr(data, "_read", lambda config: data.Data(dict.fromkeys(("train", "validation", "test"), part)))
+    config = LRAConfig(dataset="listops", train_examples=4, validation_examples=4, test_examples=4)
+    data.load.cache_clear()
+    assert data.load(config).skipped == 3

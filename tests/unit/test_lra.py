@@ -230,3 +230,11 @@ def test_skipped_items_are_counted_not_missed(monkeypatch):
     config = LRAConfig(dataset="listops", train_examples=4, validation_examples=4, test_examples=4)
     data.load.cache_clear()
     assert data.load(config).skipped == 3
+
+
+def test_floors_are_at_least_chance():
+    few = {name: Split(np.zeros((4, 32, 32, 1), np.uint8), np.array([0, 0, 0, 1])) for name in ("train", "test")}
+    few["test"] = Split(few["test"].inputs, np.array([1, 2, 3, 4]))
+    config = LRAConfig(dataset="image")
+    made = SimpleNamespace(config=config, splits={name: Items(split, config, "cpu") for name, split in few.items()})
+    assert runner.Runner._floors(made, "test") == {"majority": 0.0, "chance": 0.1}

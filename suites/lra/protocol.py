@@ -71,9 +71,23 @@ class LRAConfig:
         no_files = f"resolution={self.resolution}: the files of {self.dataset} have {size}; use source=generated"
         require(self.source != "files" or self.resolution == size, no_files)
         require(self.contour_length in (6, 9, 14), f"contour_length={self.contour_length} must be 6, 9 or 14")
+        self._refuse_idle()
         require(self.dataset == "image" or self.colour == "grey", f"colour={self.colour} has no effect on {self.dataset}")
         require(self.dataset == "image" or not self.augment, f"augment=true has no effect on {self.dataset}")
         require(self.dataset == "text" or self.validation == "split", f"validation=test is for text alone: {self.dataset} has its own")
+
+    def _refuse_idle(self) -> None:
+        """ConfigError for a size that was given to a task which it does not change."""
+        drawn = self.source == "generated"
+        used = {
+            "max_len": self.dataset in WORDS,
+            **dict.fromkeys(("min_tokens", "max_tokens", "max_depth"), self.dataset == "listops" and drawn),
+            **dict.fromkeys(("resolution", "contour_length"), self.dataset in RESOLUTIONS),
+        }
+        for name, has_effect in used.items():
+            given = getattr(self, name)
+            idle = f"{name}={given} has no effect on {self.dataset} with source={self.source}"
+            require(has_effect or given == getattr(type(self), name), idle)
 
     @property
     def longest(self) -> int:

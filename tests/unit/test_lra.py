@@ -72,6 +72,9 @@ def test_only_real_files_have_the_real_name(words, name):
         ({"contour_length": 7}, "contour_length=7 must be 6, 9 or 14"),
         ({"train_examples": -1}, "train_examples=-1 must not be negative"),
         ({"max_len": 1}, "max_len=1 leaves no room"),
+        ({"dataset": "image", "max_len": 50}, "max_len=50 has no effect on image with source=files"),
+        ({"dataset": "listops", "max_tokens": 600}, "max_tokens=600 has no effect on listops with source=files"),
+        ({"dataset": "text", "contour_length": 9}, "contour_length=9 has no effect on text"),
     ],
 )
 def test_what_cannot_be_is_refused(words, message):
@@ -232,7 +235,7 @@ def test_a_part_of_listops_files_is_that_part(monkeypatch, tmp_path):
 
 
 def test_bounds_of_the_generator_do_not_cut_files():
-    assert LRAConfig(dataset="listops", max_tokens=600).longest == 2048
+    assert LRAConfig(dataset="listops").longest == 2048
     assert LRAConfig(dataset="listops", source="generated", max_tokens=600).longest == 600
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hgrn2_bench.config import ModelConfig
-from hgrn2_bench.interfaces import Mixer
+from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.interfaces import Mixer, Recomputing
 from hgrn2_bench.model import Backbone, Ends
 
 
@@ -36,7 +37,8 @@ class Classifier(Backbone):
     """Token ids (B, T), or values (B, T, C) with `channels`, to logits (B, N); with `pairs` to (B / 2, N).
 
     The mean runs over each sequence's true length. With `mask_padding` the recurrences and norms skip the padding too, and a sequence's
-    logits are those that it has alone; without, padding is read as text is, as in the published runs.
+    logits are those that it has alone; without, padding is read as text is, as in the published runs. ConfigError where a plain module
+    would have to skip it.
     """
 
     def __init__(
@@ -59,6 +61,11 @@ class Classifier(Backbone):
             embedding=lambda: nn.Linear(channels, D) if channels else nn.Embedding(vocab_size, D),
             head=lambda: PairHead(D, classes) if pairs else nn.Linear(D, classes),
         )
+        if mask_padding and not channels and issubclass(mixer, Recomputing):
+            name = mixer.wrapped.__name__
+            raise ConfigError(
+                f"{name} is a plain module, which cannot skip padding: give {name}.mask_padding=false, or write it as a Mixer"
+            )
         super().__init__(config, mixer, settings, backend, max_len, ends)
         self.grid = grid
         self.vocab_size, self.channels, self.pairs, self.mask_padding = vocab_size, channels, pairs, mask_padding

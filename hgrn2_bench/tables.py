@@ -232,8 +232,9 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
         notes.append(f"scan {scan}, nothing is decoded and no state held: {', '.join(models)}")
     if not one_device:
         notes.append("no speed column: the rows come from several devices")
-    counts = sum(row.truncated + row.skipped for row in rows)
-    return notes + ([f"{counts} truncated or skipped items"] if counts else []) + list(why)
+    counts = sorted({row.truncated + row.skipped for row in rows})  # of one run: every line has the same items
+    told = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    return notes + ([f"{told} truncated or skipped items"] if counts[-1] else []) + list(why)
 
 
 def _listed(seeds: Sequence[int]) -> str:

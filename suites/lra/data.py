@@ -77,8 +77,9 @@ def load(config: LRAConfig) -> Data:
     """The data of a task; cells of one worker that share them read them once. ConfigError where they are not there."""
     made = {"files": _read, "generated": _generate, "standin": _invent}[config.source](config)
     for name, wanted in sizes(config).items():
-        if len(made.splits[name]) < wanted:
-            raise ConfigError(f"{config.dataset} has {len(made.splits[name])} {name} items, {wanted} are wanted")
+        split = made.splits[name]
+        if len(split) + sum(split.skipped.values()) < wanted:
+            raise ConfigError(f"{config.dataset} has {len(split)} {name} items, {wanted} are wanted")
     return made
 
 
@@ -93,7 +94,7 @@ def _read(config: LRAConfig) -> Data:
     """The user's files; a part of a split is drawn by the split's own seed."""
     root, wanted = data_folder(), {"val" if name == "validation" else name: count for name, count in sizes(config).items()}
     if config.dataset == "listops":
-        return Data(_named(listops.splits(listops.read(find(root, "listops").folder), config.longest)))
+        return Data(_named(listops.splits(listops.read(find(root, "listops").folder), config.longest, wanted)))
     options: dict[str, dict[str, object]] = {
         "text": {"max_length": config.longest, "val_split": HELD_OUT if config.validation == "split" else 0.0},
         "retrieval": {"max_length": config.longest},

@@ -56,7 +56,7 @@ def read_images(place: Place, options: ImageOptions) -> dict[str, Split]:
     """The splits train, val (a part of the training images, drawn as torch's `random_split` draws) and test. DataError names the file."""
     train, test = (_joined(list(image_batches(place, split)), options.grey) for split in ("train", "test"))
     for split, whole in (("train", train), ("test", test)):
-        check_count(f"{place}, {split}", len(whole), options.counts.get(split))
+        check_count(f"{place}, {split}", len(whole) + sum(whole.skipped.values()), options.counts.get(split))
     number = len(train)
     kept = int(number * (1 - options.val_split))
     train_N, val_N = random_parts((kept, number - kept), options.seed)

@@ -13,7 +13,7 @@ import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ import numpy as np
 from hgrn2_bench.errors import ConfigError
 from suites.lra import shards
 from suites.lra.items import Split, Texts
+from suites.lra.splits import drawn, take_texts
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
@@ -56,6 +57,8 @@ COUNTS = {"train": 96_000, "val": 2_000, "test": 2_000}
 """Expressions of the published splits."""
 MAX_TOKENS = 2_048
 """Greatest length with <eos>, as published; no published or generated expression reaches it."""
+PART_SEED = 42
+"""Draws the part of a file that is asked for."""
 
 
 @dataclass(frozen=True)
@@ -373,10 +376,18 @@ class Vocabulary:
         return [CODES[token] for token in tokens]
 
 
-def splits(examples: Mapping[str, Examples], max_tokens: int = MAX_TOKENS) -> dict[str, Split]:
-    """What a model reads: the ids of the training split's vocabulary, cut to max_tokens - 1, then <eos>."""
+def splits(examples: Mapping[str, Examples], max_tokens: int = MAX_TOKENS, items: Mapping[str, int] | None = None) -> dict[str, Split]:
+    """What a model reads: the ids of the training split's vocabulary, cut to max_tokens - 1, then <eos>.
+
+    Of a split that `items` names, at most so many examples, drawn by a seed; the vocabulary is that of all.
+    """
     ids = Vocabulary.of(examples["train"]).ids
-    return {name: _split(each, ids, max_tokens) for name, each in examples.items()}
+    return {name: _split(_some(each, (items or {}).get(name, 0)), ids, max_tokens) for name, each in examples.items()}
+
+
+def _some(examples: Examples, number: int) -> Examples:
+    rows_N = drawn(np.arange(len(examples.labels_N)), number, PART_SEED)
+    return replace(examples, codes=take_texts(examples.codes, rows_N), labels_N=examples.labels_N[rows_N])
 
 
 def _split(examples: Examples, ids: np.ndarray, max_tokens: int) -> Split:

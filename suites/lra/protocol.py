@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from hgrn2_bench.config import choice, require
 from hgrn2_bench.protocol import Figure, Protocol
+from suites.lra.places import RESOLUTIONS
 from suites.lra.presets import PRESETS
 
 DATASETS = ("listops", "text", "retrieval", "image", "pathfinder", "pathx")
@@ -15,6 +16,8 @@ WORDS = ("listops", "text", "retrieval")
 """Tasks of tokens; the others are images."""
 GENERATED = ("listops", "pathfinder", "pathx")
 CLASSES = {"listops": 10, "text": 2, "retrieval": 2, "image": 10, "pathfinder": 2, "pathx": 2}
+LENGTHS = {"listops": 2048, "text": 4096, "retrieval": 4000}
+"""Tokens of the longest text that the published tasks keep, the end token included."""
 PATHFINDER = "pathfinder"
 
 
@@ -64,16 +67,34 @@ class LRAConfig:
         require(1 <= self.min_tokens < self.max_tokens - 1, f"{tokens}: no expression can be longer than one and shorter than the other")
         require(2 <= self.max_depth <= 20, f"max_depth={self.max_depth} must be at least 2 and at most 20")
         require(self.resolution in (32, 64, 128, 256), f"resolution={self.resolution} must be 32, 64, 128 or 256")
+        size = RESOLUTIONS.get(self.dataset, self.resolution)
+        no_files = f"resolution={self.resolution}: the files of {self.dataset} have {size}; use source=generated"
+        require(self.source != "files" or self.resolution == size, no_files)
         require(self.contour_length in (6, 9, 14), f"contour_length={self.contour_length} must be 6, 9 or 14")
+        self._refuse_idle()
         require(self.dataset == "image" or self.colour == "grey", f"colour={self.colour} has no effect on {self.dataset}")
         require(self.dataset == "image" or not self.augment, f"augment=true has no effect on {self.dataset}")
         require(self.dataset == "text" or self.validation == "split", f"validation=test is for text alone: {self.dataset} has its own")
+
+    def _refuse_idle(self) -> None:
+        """ConfigError for a size that was given to a task which it does not change."""
+        drawn = self.source == "generated"
+        used = {
+            "max_len": self.dataset in WORDS,
+            **dict.fromkeys(("min_tokens", "max_tokens", "max_depth"), self.dataset == "listops" and drawn),
+            **dict.fromkeys(("resolution", "contour_length"), self.dataset in RESOLUTIONS),
+        }
+        for name, has_effect in used.items():
+            given = getattr(self, name)
+            idle = f"{name}={given} has no effect on {self.dataset} with source={self.source}"
+            require(has_effect or given == getattr(type(self), name), idle)
 
     @property
     def longest(self) -> int:
         """Tokens or pixels of the longest input."""
         if self.dataset in WORDS:
-            return self.max_len or {"listops": min(2048, self.max_tokens), "text": 4096, "retrieval": 4000}[self.dataset]
+            drawn_short = self.dataset == "listops" and self.source == "generated"
+            return self.max_len or min(LENGTHS[self.dataset], self.max_tokens if drawn_short else LENGTHS[self.dataset])
         return 32 * 32 if self.dataset == "image" else self.resolution**2
 
 
@@ -81,16 +102,23 @@ def name_task(config: LRAConfig) -> str:
     """The task's name: that of the published one for its own files alone.
 
     `listops-500`, `pathfinder-6` for easier distributions of ours, `listops-generated` for the published one, `standin-text`,
-    `image-jpeg` for images that were compressed with loss.
+    `image-jpeg` for images that were compressed with loss, `pathfinder-files-6` for the archive's easier sets, `text-len256` for
+    texts cut elsewhere than the published ones.
     """
+    cut = config.dataset in WORDS and config.max_len not in (0, LENGTHS[config.dataset]) and config.source != "standin"
+    return _name_source(config) + f"-len{config.max_len}" * cut
+
+
+def _name_source(config: LRAConfig) -> str:
     if config.source == "standin":
         return f"standin-{config.dataset}"
     if config.source == "files":
-        return config.dataset + "-jpeg" * config.fingerprint.startswith("jpeg")
+        easier = config.dataset in RESOLUTIONS and config.contour_length != 14
+        return config.dataset + "-jpeg" * config.fingerprint.startswith("jpeg") + f"-files-{config.contour_length}" * easier
     if config.dataset == "listops":
         published = (config.min_tokens, config.max_tokens, config.max_depth) == (500, 2000, 10)
         return "listops-generated" if published else f"listops-{config.max_tokens}"
-    size = "" if config.resolution == {"pathfinder": 32, "pathx": 128}[config.dataset] else f"-{config.resolution}px"
+    size = "" if config.resolution == RESOLUTIONS[config.dataset] else f"-{config.resolution}px"
     return f"{config.dataset}{size}-{'generated' if config.contour_length == 14 else config.contour_length}"
 
 

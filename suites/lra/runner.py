@@ -201,9 +201,10 @@ class Runner:
         return Metric(split, "accuracy", right.item() / len(items), len(items), self._floors(split))
 
     def _floors(self, split: str) -> Mapping[str, float]:
-        """Accuracy of the class that is most frequent in training."""
+        """Accuracy of the class that is most frequent in training, and of guessing, which is more where few items were drawn."""
         most = int(torch.bincount(self.splits["train"].labels_N).argmax())
-        return {"majority": round((self.splits[split].labels_N == most).double().mean().item(), 4)}
+        majority = (self.splits[split].labels_N == most).double().mean().item()
+        return {"majority": round(majority, 4), "chance": round(1 / CLASSES[self.config.dataset], 4)}
 
 
 def _unpacked(batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:

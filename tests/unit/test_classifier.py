@@ -8,6 +8,7 @@ from hgrn2_bench import measure, registry
 from hgrn2_bench.classifier import Classifier, PairHead, pooled
 from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.interfaces import Recomputing
 from hgrn2_bench.layers import BatchNorm
 
 CONFIG = ModelConfig(d_model=16, num_layers=2, channel_mixer="glu", channel_width=16, embed_std=1.0)
@@ -48,6 +49,22 @@ def test_published_runs_read_the_padding():
     tokens[0, 7:] = 0
     read = model(tokens)
     assert torch.allclose(model.logits(tokens, torch.tensor([7])), model.head(read[:, :7].mean(1)))
+
+
+def test_a_plain_module_is_refused_padding_before_anything_runs():
+    class Own(nn.Module):
+        def __init__(self, d_model):
+            super().__init__()
+            self.rnn = nn.GRU(d_model, d_model, batch_first=True)
+
+        def forward(self, x_BTD):
+            return self.rnn(x_BTD)[0]
+
+    plain = type("Own", (Recomputing,), {"wrapped": Own})
+    with pytest.raises(ConfigError, match=r"Own is a plain module, which cannot skip padding: give Own\.mask_padding=false"):
+        Classifier(CONFIG, plain, {}, "chunked", 32, vocab_size=11, classes=3)
+    for kind in ({"vocab_size": 11, "mask_padding": False}, {"channels": 1}):
+        Classifier(CONFIG, plain, {}, "chunked", 32, classes=3, **kind)
 
 
 def test_a_batch_of_pairs_gives_one_answer_for_each():

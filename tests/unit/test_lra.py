@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import lra_folders
 import numpy as np
 import pytest
 import torch
@@ -10,7 +11,9 @@ from hgrn2_bench import engine, measure, registry
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.plan import make_plan
 from suites.lra import data, runner, standins
+from suites.lra.files import fingerprint_of
 from suites.lra.items import Split, Texts
+from suites.lra.places import CLASSES
 from suites.lra.protocol import DATASETS, PROTOCOL, LRAConfig, name_task
 from suites.lra.runner import Items, augmented
 
@@ -45,6 +48,10 @@ def cells(*words):
         ({"dataset": "pathfinder", "source": "generated", "contour_length": 6}, "pathfinder-6"),
         ({"dataset": "pathx", "source": "generated", "resolution": 128}, "pathx-generated"),
         ({"dataset": "pathx", "source": "generated", "resolution": 64, "contour_length": 9}, "pathx-64px-9"),
+        ({"dataset": "pathfinder", "contour_length": 6}, "pathfinder-files-6"),
+        ({"dataset": "text", "max_len": 256}, "text-len256"),
+        ({"dataset": "text", "max_len": 4096}, "text"),
+        ({"dataset": "listops", "source": "generated", "max_len": 100}, "listops-generated-len100"),
     ],
 )
 def test_only_real_files_have_the_real_name(words, name):
@@ -61,9 +68,13 @@ def test_only_real_files_have_the_real_name(words, name):
         ({"dataset": "image", "validation": "test"}, "validation=test is for text alone"),
         ({"dataset": "listops", "min_tokens": 9, "max_tokens": 10}, "no expression can be longer than one and shorter than the other"),
         ({"resolution": 48}, "resolution=48 must be 32, 64, 128 or 256"),
+        ({"dataset": "pathx", "resolution": 32}, "resolution=32: the files of pathx have 128"),
         ({"contour_length": 7}, "contour_length=7 must be 6, 9 or 14"),
         ({"train_examples": -1}, "train_examples=-1 must not be negative"),
         ({"max_len": 1}, "max_len=1 leaves no room"),
+        ({"dataset": "image", "max_len": 50}, "max_len=50 has no effect on image with source=files"),
+        ({"dataset": "listops", "max_tokens": 600}, "max_tokens=600 has no effect on listops with source=files"),
+        ({"dataset": "text", "contour_length": 9}, "contour_length=9 has no effect on text"),
     ],
 )
 def test_what_cannot_be_is_refused(words, message):
@@ -212,3 +223,44 @@ def test_every_registered_model_has_a_place_in_preset_test():
     assert {cell.model for cell in cells("preset=test", f"model={','.join(set(registry.models()) - {'hybrid'})}")} == set(
         registry.models()
     ) - {"hybrid"}
+
+
+def test_a_part_of_listops_files_is_that_part(monkeypatch, tmp_path):
+    lra_folders.write_listops(tmp_path, rows=[f"( ( ( [MAX {i} ) 0 ) ] )\t{i}" for i in range(10)])
+    monkeypatch.setenv("HGRN2_BENCH_DATA", str(tmp_path))
+    data.load.cache_clear()
+    made = data.load(LRAConfig(dataset="listops", train_examples=6, validation_examples=3, test_examples=10))
+    assert {name: len(split) for name, split in made.splits.items()} == {"train": 6, "validation": 3, "test": 10}
+    assert len(set(made.splits["train"].labels_N.tolist())) == 6
+
+
+def test_bounds_of_the_generator_do_not_cut_files():
+    assert LRAConfig(dataset="listops").longest == 2048
+    assert LRAConfig(dataset="listops", source="generated", max_tokens=600).longest == 600
+
+
+def test_one_jpeg_among_other_files_names_the_task(monkeypatch, tmp_path):
+    for split in ("train", "test"):
+        for name in CLASSES:
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+        (tmp_path / split / ".DS_Store").write_bytes(b"0")
+    monkeypatch.setenv("HGRN2_BENCH_DATA", str(tmp_path))
+    fingerprint_of.cache_clear()
+    assert fingerprint_of("image").startswith("jpeg:")
+
+
+def test_floors_are_at_least_chance():
+    few = {name: Split(np.zeros((4, 32, 32, 1), np.uint8), np.array([0, 0, 0, 1])) for name in ("train", "test")}
+    few["test"] = Split(few["test"].inputs, np.array([1, 2, 3, 4]))
+    config = LRAConfig(dataset="image")
+    made = SimpleNamespace(config=config, splits={name: Items(split, config, "cpu") for name, split in few.items()})
+    assert runner.Runner._floors(made, "test") == {"majority": 0.0, "chance": 0.1}
+
+
+def test_skipped_items_are_counted_not_missed(monkeypatch):
+    part = Split(some_texts([2] * 3), np.zeros(3, np.int64), skipped={"damaged": 1})
+    monkeypatch.setattr(data, "_read", lambda config: data.Data(dict.fromkeys(("train", "validation", "test"), part)))
+    config = LRAConfig(dataset="listops", train_examples=4, validation_examples=4, test_examples=4)
+    data.load.cache_clear()
+    assert data.load(config).skipped == 3

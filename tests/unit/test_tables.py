@@ -590,6 +590,8 @@ def test_notes_name_version_precision_backend_device_and_commit():
 
 def test_notes_count_truncated_and_skipped_items():
     assert noted(only(run(0.9, truncated=3, skipped=2)), "5 truncated or skipped items")
+    assert noted(only([*run(0.9, truncated=5), *run(0.8, truncated=5, model="gla")]), "5 truncated or skipped items")
+    assert noted(only([*run(0.9, truncated=5), *run(0.8, model="gla")]), "0 to 5 truncated or skipped items")
     assert not noted(only(run(0.9)), "truncated")
 
 

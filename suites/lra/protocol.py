@@ -18,7 +18,6 @@ GENERATED = ("listops", "pathfinder", "pathx")
 CLASSES = {"listops": 10, "text": 2, "retrieval": 2, "image": 10, "pathfinder": 2, "pathx": 2}
 LENGTHS = {"listops": 2048, "text": 4096, "retrieval": 4000}
 """Tokens of the longest text that the published tasks keep, the end token included."""
-PATHFINDER = "pathfinder"
 
 
 @dataclass(frozen=True, kw_only=True)

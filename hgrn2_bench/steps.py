@@ -4,6 +4,7 @@ Small models leave a big GPU waiting for launches: a step of an MQAR model is a 
 and replayed, it is one launch. The kernels and their order are those of the eager step.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,9 @@ Batch = tuple[Tensor, ...]
 Shapes = tuple[torch.Size, ...]
 
 EAGER_STEPS = 3
-"""Eager steps in a row on one shape before its capture: kernels are compiled and tuned, the optimiser's state exists."""
+"""Eager steps on one shape before its capture: kernels are compiled and tuned, the optimiser's state exists."""
+MAX_SHAPES = 64
+"""Where batches come in more shapes than these, no further one is captured: it would cost more than it saves."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,9 @@ class _Captured:
 class Steps:
     """Takes one optimiser step per call: `steps(batch, rate)` gives the batch's loss, a 0-d tensor left on its device.
 
-    `batch_loss(model, batch)` is the suite's. With `graph` a shape seen EAGER_STEPS times in a row is captured; the short last batch of
-    an epoch comes alone, so it stays eager. The first `warm_steps` steps compile, tune and capture; `mode` says what happens after.
+    `batch_loss(model, batch)` is the suite's. With `graph` a shape seen EAGER_STEPS times is captured the next time. All graphs share one
+    memory pool: nothing in it has to outlive a replay. `warm` says whether a batch still compiles, tunes or captures, `mode` what the
+    steps after that are.
     """
 
     def __init__(
@@ -50,11 +54,16 @@ class Steps:
         for module in model.modules():
             if isinstance(module, FollowsBackend):
                 module.replayed = graph
-        self.warm_steps = EAGER_STEPS + 1 if graph else 1
         self.mode = "eager"
         self.captured: dict[Shapes, _Captured] = {}
-        self.last: Shapes = ()
-        self.in_a_row = 0
+        self.seen: Counter[Shapes] = Counter()
+
+    def warm(self, batch: Batch) -> bool:
+        """Whether the step on this batch compiles, tunes or captures: an eager loop's first one does, and the first ones on each shape."""
+        return _shapes(batch) not in self.captured if self._may_capture() else not self.seen
+
+    def _may_capture(self) -> bool:
+        return self.capturing and len(self.seen) <= MAX_SHAPES
 
     def __call__(self, batch: Batch, rate: float) -> Tensor:
         """Step on one batch at learning rate `rate`, or in a group with an `lr_share` at that share of it."""
@@ -64,11 +73,10 @@ class Steps:
                 group["lr"].fill_(own)
             else:
                 group["lr"] = own
-        shapes = tuple(t.shape for t in batch)
-        self.in_a_row = self.in_a_row + 1 if shapes == self.last else 1
-        self.last = shapes
-        if self.capturing and shapes not in self.captured and self.in_a_row > EAGER_STEPS:
+        shapes = _shapes(batch)
+        if self._may_capture() and shapes not in self.captured and self.seen[shapes] >= EAGER_STEPS:
             self._capture(batch, shapes)
+        self.seen[shapes] += 1
         found = self.captured.get(shapes)
         if found is None:
             return self._eager(batch)
@@ -91,7 +99,7 @@ class Steps:
         """Record one step without running it. A model that waits for the GPU inside its step cannot be recorded and stays eager."""
         inputs = tuple(t.clone() for t in batch)
         try:
-            graph, loss = capture(lambda: self._eager(inputs))
+            graph, loss = capture(lambda: self._eager(inputs), self._pool())
         except NotCapturedError as error:
             self.capturing = False
             kind = "CUDA graph for some shapes, eager for others" if self.captured else "eager"
@@ -99,21 +107,29 @@ class Steps:
             return
         self.captured[shapes], self.mode = _Captured(graph, inputs, loss), "CUDA graph"
 
+    def _pool(self) -> Any:
+        """The memory pool of the graphs so far; None before the first, which makes it."""
+        return next((found.graph.pool() for found in self.captured.values()), None)
+
+
+def _shapes(batch: Batch) -> Shapes:
+    return tuple(t.shape for t in batch)
+
 
 class NotCapturedError(Exception):
     """A step waits for the GPU, or does something else that a CUDA graph cannot hold; the text says what."""
 
 
-def capture(step: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def capture(step: Callable[[], Tensor], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """Record one step without running it: its graph, and the tensor in which each replay leaves what the step returns.
 
-    NotCapturedError where it cannot be recorded; eager work goes on as before.
+    With `pool` it takes its memory from that of another graph. NotCapturedError where it cannot be recorded; eager work goes on as before.
     """
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     stream = torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             left = step()
     except RuntimeError as error:
         torch.cuda.set_stream(stream)  # a failed capture keeps its own stream, and may keep the generator waiting for its end

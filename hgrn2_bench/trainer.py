@@ -65,7 +65,7 @@ class Progress:
     stopped: bool = False
     train_s: float = 0.0
     warm_s: float = 0.0
-    """Seconds of the first steps: compiling and tuning kernels, capturing a CUDA graph."""
+    """Seconds of steps that compile and tune kernels or capture a CUDA graph."""
     warm_steps: int = 0
     step_times: list[float] = field(default_factory=list)
     """Mean seconds of a step in each window of up to LOG_EVERY steps after these."""
@@ -129,7 +129,7 @@ class Trainer:
         self.at = Progress()
         self.rate = config.lr
         self.pending: list[Tensor] = []
-        self.taken = self.window_tokens = 0
+        self.window_tokens = 0
         self.window_began = 0.0
         self.best_weights: dict[str, Tensor] | None = None
         self.saved_at = time.monotonic()
@@ -166,15 +166,17 @@ class Trainer:
         at = self.at
         self.rate = learning_rate(self.config, at.step, self.total, self.task.steps_per_epoch)
         batch = self.task.batch(at.step)
+        warm = self.steps.warm(batch)
+        if warm:
+            self._settle()
         self.pending.append(self.steps(batch, self.rate))
         self.window_tokens += batch[0].shape[:2].numel()
         at.step += 1
-        self.taken += 1
-        if self.taken == self.steps.warm_steps:
-            self._settle()
+        if warm:
+            self._settle(warm=True)
 
-    def _settle(self) -> None:
-        """Wait for the device, and take in the losses and the time of the steps since the last call."""
+    def _settle(self, warm: bool = False) -> None:
+        """Wait for the device, and take in the losses and the time of the steps since the last call; `warm` ones measure no speed."""
         at, values = self.at, torch.stack(self.pending).tolist() if self.pending else []
         took = time.perf_counter() - self.window_began
         for step, value in enumerate(values, at.step - len(values) + 1):
@@ -183,7 +185,7 @@ class Trainer:
                 raise DivergedError(f"loss {value} at step {step} of {self.total}")
             at.loss_sum += value
             at.loss_count += 1
-        if values and self.taken <= self.steps.warm_steps:
+        if values and warm:
             at.warm_s += took
             at.warm_steps += len(values)
         elif values:

@@ -89,6 +89,8 @@ def test_refused_gradient_reaches_the_caller(report: dict[str, Any]) -> None:
     [
         (decay_case(5)[0], "fla.chunk_gla"),
         (decay_case(5, K=8, V=16)[0], "fla.chunk_gla (K padded 8 to 16)"),
+        (decay_case(5, K=2, V=1)[0], "fla.fused_recurrent_hgrn (every number of the state a channel)"),
+        (decay_case(1, K=2, V=1)[0], "fla.fused_recurrent_hgrn (every number of the state a channel)"),  # gradients
         (decay_case(5, K=8, V=4)[0], "fla.chunk_gla (K padded 8 to 16, V padded 4 to 16)"),
         (decay_case(5, scalar=True)[0], "fla.chunk_simple_gla"),
         (decay_case(5, K=17, V=32, scalar=True)[0], "fla.chunk_simple_gla (K padded 17 to 18)"),
@@ -133,7 +135,8 @@ def test_one_token_runs_the_recurrent_kernel_it_names_and_another_with_gradients
         assert name.startswith("fla.fused_recurrent_")
         assert "padded" not in name
     assert fla.kernel_name(inputs).split(" (")[0] == asked()
-    assert asked().startswith("fla.fused_recurrent_hgrn" if case.startswith("diagonal_scan") else "fla.chunk_")
+    elementwise = case.startswith("diagonal_scan") or case.endswith("K=V=1")
+    assert asked().startswith("fla.fused_recurrent_hgrn" if elementwise else "fla.chunk_")
 
 
 def test_two_tokens_run_the_chunk_kernel_also_without_gradients() -> None:

@@ -36,6 +36,9 @@ from hgrn2_bench.ops.families import (
 # softmax, while r equal ones share what one had.
 MIN_HEAD_DIM = 16
 
+MAX_SCANNED = 2
+"""Heads of at most so many keys and values are scanned as the K x V numbers they are: padded to 16 they take 8 times the memory or more."""
+
 MatrixInputs = DecayInputs | ScalarDecayInputs | DeltaInputs | DiagonalLowRankInputs
 
 _KERNELS = {
@@ -59,7 +62,9 @@ _TOKEN_KERNELS = {
 
 
 def per_channel_decay(inputs: DecayInputs, state: State | None) -> tuple[Tensor, State]:
-    """GLA's chunk kernel (arXiv 2312.06635, section 4): o (B, T, H, V), state (S_BHKV,) in fp32."""
+    """GLA's chunk kernel (arXiv 2312.06635, section 4): o (B, T, H, V), state (S_BHKV,) in fp32; the tiniest heads go to HGRN's scan."""
+    if _is_scanned(inputs):
+        return _elementwise(inputs, state)
     return _matrix_state(inputs, (_fitted(inputs, inputs.log_f_BTHK.float(), 1),), state)
 
 
@@ -122,6 +127,23 @@ def diagonal_scan(inputs: DiagonalInputs, state: State | None) -> tuple[Tensor, 
     return o_BTD.to(inputs.x_BTD.dtype), (final_BD,)
 
 
+def _is_scanned(inputs: OpInputs) -> bool:
+    """Whether every number of the matrix states is a channel of the elementwise scan."""
+    if not isinstance(inputs, DecayInputs) or _is_token(inputs):
+        return False
+    return max(inputs.k_BTHK.shape[-1], inputs.v_BTHV.shape[-1]) <= MAX_SCANNED
+
+
+def _elementwise(inputs: DecayInputs, state: State | None) -> tuple[Tensor, State]:
+    """Per-channel decay number by number: S_kv obeys S_t = f_k S_{t-1} + k_k v_v, which is HGRN's scan with D = H K V channels."""
+    k_BTHK, v_BTHV = inputs.k_BTHK.float(), inputs.v_BTHV.float()
+    x_BTHKV = k_BTHK[..., None] * v_BTHV[..., None, :]
+    log_f_BTHKV = inputs.log_f_BTHK.float()[..., None].expand_as(x_BTHKV)
+    S_BTD, final_BD = _scan(x_BTHKV.flatten(2), log_f_BTHKV.flatten(2), None if state is None else state[0].flatten(1))
+    read_BTHV = (inputs.q_BTHK.float()[..., None] * S_BTD.view_as(x_BTHKV)).sum(-2) * inputs.scale
+    return read_BTHV.to(inputs.v_BTHV.dtype), (final_BD.view(len(x_BTHKV), *x_BTHKV.shape[2:]),)
+
+
 def kernel_name(inputs: OpInputs) -> str:
     """What computes these inputs, for the result row: `fla.chunk_gla`, `fla.chunk_gla (K padded 8 to 16)`, ...
 
@@ -140,7 +162,9 @@ def kernel_name(inputs: OpInputs) -> str:
     if isinstance(inputs, DiagonalLowRankInputs):
         bound = _tensor_core_bound(inputs)
         notes = ["chunks of 16" if bound is None else f"log f >= {bound:.4g}"]
-    if isinstance(inputs, MatrixInputs | SlotInputs):
+    if _is_scanned(inputs):
+        notes = ["every number of the state a channel"]
+    elif isinstance(inputs, MatrixInputs | SlotInputs):
         sizes = {"K": inputs.k_BTHK.shape[-1], "V": inputs.v_BTHV.shape[-1]}
         notes += [f"{letter} padded {size} to {_padded_size(size)}" for letter, size in sizes.items() if size != _padded_size(size)]
     if isinstance(inputs, SlotInputs) and inputs.s_BTHM.shape[-1] < MIN_HEAD_DIM:
@@ -161,7 +185,7 @@ def _entry(inputs: OpInputs) -> str:
     """The entry of `_KERNELS`, or for a token of `_TOKEN_KERNELS`, that runs these inputs."""
     if isinstance(inputs, DeltaInputs) and inputs.log_f_BTH is None and (_is_token(inputs) or inputs.v_BTHV.dtype != torch.float32):
         return "delta_rule without decay"
-    return inputs.family
+    return "diagonal_scan" if _is_scanned(inputs) else inputs.family
 
 
 def _is_token(inputs: OpInputs) -> bool:

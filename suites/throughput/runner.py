@@ -22,7 +22,7 @@ from hgrn2_bench.model import SequenceModel
 from hgrn2_bench.ops import families
 from hgrn2_bench.plan import Cell
 from hgrn2_bench.protocol import Metric
-from hgrn2_bench.steps import Batch, Steps
+from hgrn2_bench.steps import EAGER_STEPS, Batch, Steps
 from hgrn2_bench.timing import Call, Timing
 from hgrn2_bench.trainer import make_optimizer
 from suites.throughput.protocol import ThroughputConfig
@@ -257,7 +257,7 @@ class Runner:
         tokens = self._tokens(B, T + 1)
         where = torch.arange(B * T, device=self.device)
         batch: Batch = (tokens[:, :-1].contiguous(), where, tokens[:, 1:].flatten())
-        self._cold(lambda: steps(batch, LEARNING_RATE), max(1, steps.warm_steps - 1))  # the capture is left: a replay has no peak to see
+        self._cold(lambda: steps(batch, LEARNING_RATE), EAGER_STEPS if graph else 1)  # the capture is left: a replay has no peak to see
         self.mode = lambda: steps.mode
         flops = measure.train_flops_per_token(model, T)
         moved = sum(p.nbytes for p in model.parameters()) * OPTIMIZER_PASSES

@@ -35,7 +35,7 @@ class WikitextConfig:
     symbols: int = 64
     facts: int = 0
     document: int = 256
-    """Of a generated source: its symbols, the facts (pairs of a key and its value) told at each document's start, and a document's tokens."""
+    """Of a generated source: its symbols, the facts (pairs of a key and its value) told first in each document, and a document's tokens."""
 
     def __post_init__(self) -> None:
         require(self.block >= 2, f"block={self.block} must be at least 2 tokens")

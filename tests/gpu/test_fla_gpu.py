@@ -106,6 +106,15 @@ def test_head_dimension_8_is_padded(family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("K", "V"), [(1, 1), (2, 2), (1, 2)])
+def test_the_tiniest_heads_are_scanned(K: int, V: int, dtype: torch.dtype) -> None:
+    inputs, state = on_gpu(decay_case(1334, K, V, dtype=dtype))
+    found = errors(inputs, state)
+    assert fla.kernel_name(inputs) == "fla.fused_recurrent_hgrn (every number of the state a channel)"
+    assert all(error < TOLERANCES[dtype] for error in found.values()), found
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "diagonal_scan"])
 def test_odd_head_dimensions_are_padded(family: str, dtype: torch.dtype) -> None:
     inputs, state = on_gpu(FAMILIES[family](100, K=17, V=33, dtype=dtype))

@@ -128,6 +128,21 @@ def test_texts_are_padded_to_few_lengths_with_zeros():
     assert Items(split, LRAConfig(dataset="text", max_len=100), "cpu").batch(np.array([1]))[0].shape == (1, 100)
 
 
+@pytest.mark.parametrize(
+    ("longest", "masked", "lengths", "padded"),
+    [
+        (4096, True, (53, 257, 4000), (256, 512, 4096)),
+        (500, True, (53, 449), (64, 500)),
+        (1100, True, (1, 129), (128, 256)),
+        (4096, False, (53, 257, 4000), (53, 257, 4000)),  # padding that is read is the published runs' own
+    ],
+)
+def test_padding_that_is_skipped_fills_up_to_one_of_16_lengths(longest, masked, lengths, padded):
+    config = LRAConfig(dataset="text", max_len=longest, mask_padding=masked)
+    items = Items(Split(some_texts(lengths), np.zeros(len(lengths), np.int64)), config, "cpu")
+    assert tuple(items.batch(np.array([row]))[0].shape[1] for row in range(len(lengths))) == padded
+
+
 def test_of_pairs_the_first_documents_come_first():
     split = Split(some_texts([2, 3]), np.array([1, 0]), some_texts([4, 1]))
     ids, lengths, labels = Items(split, LRAConfig(dataset="retrieval", max_len=8), "cpu").batch(np.array([1, 0]))

@@ -1,6 +1,7 @@
 """One optimiser step on the CPU, and when a step is to be captured; what a captured one does is in `gpu/test_steps_gpu.py`."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,7 +97,15 @@ def test_batches_of_every_shape_are_taken_without_a_graph():
     take = steps(net())
     for rows in (4, 4, 4, 4, 4, 1, 7):
         assert take(batch(rows), 0.01).isfinite()
-    assert (take.mode, take.warm_steps, take.captured) == ("eager", 1, {})
+    assert (take.mode, take.captured) == ("eager", {})
+
+
+def test_an_eager_loop_compiles_in_its_first_step_alone():
+    take, warm = steps(net()), []
+    for rows in (4, 4, 1):
+        warm.append(take.warm(batch(rows)))
+        take(batch(rows), 0.01)
+    assert warm == [True, False, False]
 
 
 def test_the_rate_reaches_every_group_as_a_float_or_inside_its_tensor():
@@ -120,30 +129,41 @@ def test_the_rate_reaches_every_group_as_a_float_or_inside_its_tensor():
     [
         ((8,) * 10, [(4, 8)]),  # at the fourth
         ((8,) * 3, []),
-        ((8, 8, 8, 5) * 3, []),  # an epoch of three full batches and a short one never sees four alike
-        ((8, 8, 8, 8, 5) * 2, [(4, 8)]),
-        ((8,) * 5 + (6,) * 5 + (8,) * 5, [(4, 8), (9, 6)]),  # a mixture: each shape once
+        ((8, 8, 5) * 3, [(5, 8)]),  # the short last batch of an epoch waits for its fourth too
+        ((8, 5) * 5, [(7, 8), (8, 5)]),  # shapes in any order, as texts of different lengths come
     ],
 )
-def test_a_shape_is_captured_after_enough_eager_steps_in_a_row(rows, captured, monkeypatch):
-    take, taken, asked = steps(net(), graph=True), [], []
+def test_a_shape_is_captured_after_enough_eager_steps(rows, captured, monkeypatch):
+    take, taken, asked, warm = steps(net(), graph=True), [], [], []
 
     def capture(inputs, shapes):
         asked.append((len(taken), inputs[0].shape[0]))
-        take.captured[shapes] = None  # an eager step again, but not captured twice
+        take.captured[shapes] = SimpleNamespace(inputs=inputs, loss=torch.zeros(()), graph=SimpleNamespace(replay=lambda: None))
 
     monkeypatch.setattr(take, "_capture", capture)
     for size in rows:
         taken.append(size)
+        warm.append(take.warm(batch(size)))
         take(batch(size), 0.01)
     assert asked == captured
-    assert take.warm_steps == EAGER_STEPS + 1 == 4
+    counted = [rows[: i + 1].count(size) for i, size in enumerate(rows)]
+    assert warm == [n <= EAGER_STEPS + 1 for n in counted]
+
+
+def test_more_shapes_than_can_be_held_leave_the_rest_eager(monkeypatch):
+    monkeypatch.setattr("hgrn2_bench.steps.MAX_SHAPES", 3)
+    take, asked = steps(net(), graph=True), []
+    monkeypatch.setattr(take, "_capture", lambda inputs, shapes: asked.append(len(inputs[0])))
+    for size in (8, 8, 8, 8, 5, 6, 7, 5, 5, 5):
+        take(batch(size), 0.01)
+    assert asked == [8]
+    assert not take.warm(batch(5))
 
 
 class Refusing(contextlib.AbstractContextManager):
     """`torch.cuda.graph` around a model that waits: its end fails as well, with words that do not say why."""
 
-    def __init__(self, graph):
+    def __init__(self, graph, pool):
         pass
 
     def __exit__(self, *_):

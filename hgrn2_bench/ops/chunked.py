@@ -179,7 +179,8 @@ def softmax(inputs: SoftmaxInputs, state: State | None) -> tuple[Tensor, State]:
     """
     k_BSHK, v_BSHV = reference.cached_keys(inputs, state)
     T, S = inputs.q_BTHK.shape[1], k_BSHK.shape[1]
-    triangular = inputs.causal and S == T and inputs.lengths_B is None
+    # Padding is at the end: no true position sees any of it under the causal mask.
+    triangular = inputs.causal and S == T
     everything = inputs.lengths_B is None and (T == 1 or not inputs.causal)
     mask = None if triangular or everything else reference.visible_keys(inputs, S)
     q, k, v = (x.to(v_BSHV.dtype).transpose(1, 2) for x in (inputs.q_BTHK, k_BSHK, v_BSHV))

@@ -180,9 +180,9 @@ def cached_keys(inputs: SoftmaxInputs, state: State | None) -> State:
 
 
 def visible_keys(inputs: SoftmaxInputs, S: int) -> Tensor:
-    """Which key each query may see, (T, S) or with lengths (B, 1, T, S)."""
+    """Which key each query may see, (T, S), with lengths (B, 1, T, S); one row for all queries, T = 1, without the causal mask."""
     T, device = inputs.q_BTHK.shape[1], inputs.q_BTHK.device
-    visible = torch.ones(T, S, dtype=torch.bool, device=device)
+    visible = torch.ones(T if inputs.causal else 1, S, dtype=torch.bool, device=device)
     if inputs.causal:
         visible = visible.tril(S - T)
     if inputs.lengths_B is not None:

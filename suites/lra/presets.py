@@ -136,8 +136,8 @@ SHORT = Preset(
             "validation_examples=5000",
             "test_examples=5000",
             "batch_size=128",
-            "lr=1e-3",
-            "epochs=15",
+            "lr=2e-3",
+            "epochs=10",
         ),
     },
 )

@@ -5,7 +5,7 @@ Imports neither torch nor numpy.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 DATA, CACHE = "HGRN2_BENCH_DATA", "HGRN2_BENCH_CACHE"
@@ -49,7 +49,15 @@ def folders(root: Path, below: Callable[[Path], list[Path]] = subfolders) -> Ite
             level = [path for folder in level for path in below(folder)]
 
 
-def spread(folder: Path) -> list[Path]:
+def named(folder: Path, files: Mapping[str, Sequence[Path]]) -> Iterator[tuple[str, Path]]:
+    """Files of each split with a name free of where the folder lies; of one that is a folder of many files, some."""
+    for split in sorted(files):
+        for path in files[split]:
+            for file in _spread(path) if path.is_dir() else [path]:
+                yield f"{split}/{file.relative_to(folder) if file.is_relative_to(folder) else file.name}", file
+
+
+def _spread(folder: Path) -> list[Path]:
     """Files under a folder, all or about MOST_FILES of them."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     return found[:: max(1, len(found) // MOST_FILES)]

@@ -15,6 +15,8 @@ CLASSES = ("neg", "pos")
 """In the order of their labels."""
 UNLABELLED = -1
 WORDS = {split: split for split in SPLITS}
+OTHER_WORDS = {**WORDS, "valid": "validation"}
+"""A set with a validation split is another data set's: IMDB has none."""
 ENDINGS = ("parquet", "jsonl", "jsonl.gz")
 
 
@@ -49,7 +51,7 @@ def _reviews_in(folder: Path) -> Iterator[Reviews]:
     """Copies whose files, or whose folders of splits, lie in this folder."""
     if all((folder / split / name).is_dir() for split in SPLITS for name in CLASSES):
         yield Reviews("aclImdb folders", folder, {split: (folder / split,) for split in SPLITS})
-    for there in shards(files_in(folder), WORDS, ENDINGS):
+    for there in shards(files_in(folder), OTHER_WORDS, ENDINGS):
         if set(there) != set(SPLITS):
             continue
         paths = [path for split in SPLITS for path in there[split]]

@@ -84,6 +84,8 @@ def json_rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, tuple[Any,
                 yield number, tuple(item[key] for key in keys)
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise DataError(f"{path}: cut short or damaged after line {number}: copy it again") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError):  # no JSON, not UTF-8, no such key, no object
         wanted = " and ".join(f'"{key}"' for key in keys)
         raise DataError(f"{path}:{number}: expected one JSON object with {wanted}") from None

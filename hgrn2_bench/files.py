@@ -3,9 +3,10 @@
 Imports neither torch nor numpy.
 """
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 DATA, CACHE = "HGRN2_BENCH_DATA", "HGRN2_BENCH_CACHE"
@@ -47,6 +48,13 @@ def folders(root: Path, below: Callable[[Path], list[Path]] = subfolders) -> Ite
         yield from level
         if depth < MAX_DEPTH:
             level = [path for folder in level for path in below(folder)]
+
+
+def searched(root: Path, closed: Container[str]) -> Iterator[tuple[Path, list[Path]]]:
+    """Folders, nearest first, and their files; those that cannot be read, and those below with a closed name, are passed over."""
+    for folder in folders(root, lambda folder: [path for path in subfolders(folder) if path.name not in closed]):
+        with contextlib.suppress(OSError):
+            yield folder, files_in(folder)
 
 
 def named(folder: Path, files: Mapping[str, Sequence[Path]]) -> Iterator[tuple[str, Path]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hgrn2_bench.errors import ConfigError, DataError
-from hgrn2_bench.files import files_in, folders, subfolders
+from hgrn2_bench.files import searched
 from hgrn2_bench.rows import has_column, json_rows, parquet_footer, parquet_rows, shards
 
 EXPECTED = "aclImdb/{train,test}/{pos,neg}/*.txt, or *train*.parquet and *test*.parquet (text, label), or the same as .jsonl or .jsonl.gz"
@@ -38,8 +38,7 @@ class Reviews:
 def find_reviews(root: Path) -> Reviews:
     """The only copy of the reviews below a folder. ConfigError where there is none, or more than one to choose from."""
     closed = {*SPLITS, *CLASSES, "unsup"}
-    searched = folders(root, lambda folder: [path for path in subfolders(folder) if path.name not in closed])
-    found = [each for folder in searched for each in _reviews_in(folder)]
+    found = [each for folder, files in searched(root, closed) for each in _reviews_in(folder, files)]
     if not found:
         raise ConfigError(f"no IMDB reviews in {root}: expected {EXPECTED}")
     if len(found) > 1:
@@ -47,11 +46,11 @@ def find_reviews(root: Path) -> Reviews:
     return found[0]
 
 
-def _reviews_in(folder: Path) -> Iterator[Reviews]:
+def _reviews_in(folder: Path, files: list[Path]) -> Iterator[Reviews]:
     """Copies whose files, or whose folders of splits, lie in this folder."""
     if all((folder / split / name).is_dir() for split in SPLITS for name in CLASSES):
         yield Reviews("aclImdb folders", folder, {split: (folder / split,) for split in SPLITS})
-    for there in shards(files_in(folder), OTHER_WORDS, ENDINGS):
+    for there in shards(files, OTHER_WORDS, ENDINGS):
         if set(there) != set(SPLITS):
             continue
         paths = [path for split in SPLITS for path in there[split]]

@@ -26,7 +26,7 @@ from suites.wikitext.counts import UNKNOWN, Counted
 from suites.wikitext.readers import Batch
 from suites.wikitext.tokenizers import Tokenizer, byte_length, dtype_of
 
-CHUNK = 1 << 24
+CHUNK = 1 << 20
 """Bytes hashed at once."""
 CHECKSUM_BYTES = 32
 LINE_COLUMNS = 3

@@ -1,6 +1,5 @@
 """What a folder holds of texts: WikiText-103 in each of its forms, files of any text, GPT-2's BPE. Reads names only, and parquet files."""
 
-import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hgrn2_bench.errors import ConfigError, DataError
-from hgrn2_bench.files import DATA, files_in, folders, subfolders
+from hgrn2_bench.files import DATA, searched
 from hgrn2_bench.reviews import find_reviews
 from hgrn2_bench.rows import has_column, parquet_footer, parquet_rows, shards
 from suites.wikitext.counts import UNKNOWN
@@ -111,7 +110,7 @@ def is_named_2(path: Path, root: Path) -> bool:
 
 def locate_wikitext(root: Path) -> Iterator[Place]:
     """Every copy of WikiText-103, or of what has its names, in a folder or at most four below it."""
-    for folder, files in _searched(root):
+    for folder, files in searched(root, CLOSED):
         names = {path.name: path for path in files}
         for form in ("tokens", "raw"):
             there = {WORDS[word]: (names[name],) for word in ("train", "valid", "test") if (name := f"wiki.{word}.{form}") in names}
@@ -133,7 +132,7 @@ def locate_wikitext(root: Path) -> Iterator[Place]:
 
 def locate_texts(root: Path) -> Iterator[Place]:
     """Every set of text files that has a training split."""
-    for folder, files in _searched(root):
+    for folder, files in searched(root, CLOSED):
         for there in shards(files, WORDS, ENDINGS):
             if "train" not in there:
                 continue
@@ -145,7 +144,7 @@ def locate_texts(root: Path) -> Iterator[Place]:
 
 def locate_transfer(root: Path) -> Iterator[Place]:
     """Every pair of validation and test split of WikiText as .tokens."""
-    for folder, files in _searched(root):
+    for folder, files in searched(root, CLOSED):
         names = {path.name: path for path in files}
         for pattern in ("wiki.{}.tokens", "wikitext2_{}.tokens"):
             pair = {WORDS[word]: (names[pattern.format(word)],) for word in ("valid", "test") if pattern.format(word) in names}
@@ -155,16 +154,9 @@ def locate_transfer(root: Path) -> Iterator[Place]:
 
 def locate_bpe(root: Path) -> Iterator[tuple[Path, ...]]:
     """Every set of files that describes a BPE."""
-    for folder, files in _searched(root):
+    for folder, files in searched(root, CLOSED):
         there = {path.name for path in files}
         yield from (tuple(folder / name for name in names) for names in BPE_FILES if there.issuperset(names))
-
-
-def _searched(root: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Folders that may hold texts, nearest first, and their files; those that cannot be read are passed over."""
-    for folder in folders(root, lambda folder: [path for path in subfolders(folder) if path.name not in CLOSED]):
-        with contextlib.suppress(OSError):
-            yield folder, files_in(folder)
 
 
 def _is_text_alone(path: Path) -> bool:

@@ -88,12 +88,16 @@ def _documents(path: Path, layout: str, blank: str) -> Iterator[str]:
         if layout == "json"
         else ((f"{path}, row {i}", text) for i, (text,) in enumerate(parquet_rows(path, ("text",))))
     )
+    is_empty = True
     for where, text in rows:
         if not isinstance(text, str):
             raise DataError(f"{where}: text is {type(text).__name__}, expected a string")
         if not _is_unicode(text):
             raise DataError(f"{where}: half of a surrogate pair, which is no character: repair the line")
+        is_empty = False
         yield text or blank
+    if is_empty:
+        raise DataError(f"{path}: no rows: copy it again")
 
 
 def _is_unicode(text: str) -> bool:
@@ -110,6 +114,8 @@ def _reviews(place: Place, split: str) -> Iterator[str]:
     texts = [text for path in place.of(source) for text, label in review_rows(place.layout, path) if label != UNLABELLED]
     if len(texts) != REVIEWS[source]:
         raise DataError(f"{place}, {source}: {len(texts):,} reviews, expected {REVIEWS[source]:,}: a part of the data, or cut short")
+    if odd := [i for i, text in enumerate(texts) if not _is_unicode(text)]:
+        raise DataError(f"{place}, {source}: half of a surrogate pair, which is no character, in review {odd[0]}: repair it")
     if source == "test":
         yield from texts
         return

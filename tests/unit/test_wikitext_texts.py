@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -13,11 +14,12 @@ import pytest
 import wikitext_folders as made
 
 from hgrn2_bench.errors import ConfigError, DataError
-from suites.wikitext import counts, readers, texts, tokenizers
+from suites.wikitext import arrays, counts, readers, texts, tokenizers
 from suites.wikitext.counts import Counted, Whole
-from suites.wikitext.places import Place
+from suites.wikitext.places import Place, locate_bpe
 from suites.wikitext.settings import WikitextConfig
 
+ROOT = Path(__file__).parents[2]
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 RAW = {split: [line.replace("<unk>", "blue") for line in lines] for split, lines in made.LINES.items()}
 
@@ -185,6 +187,9 @@ def test_reviews_are_shuffled_held_out_and_ended(data, monkeypatch):
     assert corpus.splits["test"].words == 8  # a word and an end of line each
     assert "shuffled with seed 0" in corpus.card["validation"]
     assert corpus.card["end of line"] == "the newline byte of the text (10)"
+    lra_folders.write_imdb_lines(data, {**rows, "test": [("\ud800", 0)] * 4})
+    with pytest.raises(DataError, match="test: half of a surrogate pair, which is no character, in review 0"):
+        load(dataset="imdb", tokenizer="bytes")
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
@@ -278,6 +283,12 @@ def test_damaged_text_is_named_with_its_line(data):
     assert "has no validation split" in lacking
 
 
+def test_a_table_without_rows_is_refused(data):
+    made.write_parquet(data, {**made.LINES, "validation": []})
+    with pytest.raises(DataError, match=r"validation-00000-of-00001\.parquet: no rows"):
+        load(dataset="text", tokenizer="bytes")
+
+
 def test_damaged_tables_are_named_with_their_line(data):
     def write(content, name="validation.jsonl"):
         for path in data.glob("*.txt"):
@@ -356,28 +367,55 @@ def test_damaged_fairseq_files_are_named(data, damage, words):
         load(tokenizer="word")
 
 
-def test_memory_holds_a_batch_not_the_text(tmp_path):
-    line = "some words of no meaning, again and again\n"
+@pytest.mark.parametrize("tokenizer", [tokenizers.Bytes(), tokenizers.Words(["some", "words"])])
+def test_memory_holds_a_batch_not_the_text(tmp_path, tokenizer):
+    line = "some words of no meaning, again and again " * 10 + "\n"
     path = tmp_path / "train.txt"
-    path.write_text(line * 600_000)
+    path.write_text(line * 60_000)
     place = Place("text", "text", "lines", tmp_path, {"train": (path,)})
     tracemalloc.start()
-    assert readers.count(readers.read_lines(place, "train")).lines == 600_000
+    stored = arrays.stored_split(tmp_path, "train", tokenizer, lambda: readers.read_lines(place, "train"))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
+    assert stored.counted == Counted(60_000, 60_000 * 81, 0)
     assert path.stat().st_size > 25e6
-    assert peak < 10e6
+    assert peak < 15e6, peak
+
+
+def test_the_order_of_words_is_the_same_in_every_process():
+    source = "from suites.wikitext.tokenizers import count_words; print(count_words([['b a c c d e f g']]))"
+    run = [
+        subprocess.run(
+            [sys.executable, "-c", source], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, check=True
+        )
+        for seed in "12"
+    ]
+    assert run[0].stdout == run[1].stdout == b"['c', 'a', 'b', 'd', 'e', 'f', 'g']\n"
 
 
 def test_no_torch_is_needed_for_a_fingerprint():
     source = "import sys, suites.wikitext.texts, suites.wikitext.check; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", source], cwd=Path(__file__).parents[2], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", source], cwd=ROOT, check=False).returncode == 0
+
+
+def real(name):
+    """A file of WikiText's that a developer may have beside the project."""
+    path = SHARED / f"wikitext2_{name}.tokens"
+    if not path.exists():
+        pytest.skip(f"no {path.name} in {SHARED}")
+    return Place("transfer", "tokens", "lines", SHARED, {"test": (path,)})
 
 
 @pytest.mark.parametrize(("name", "words"), [("valid", 217_646), ("test", 245_569)])
 def test_the_real_files_have_the_known_counts(name, words):
-    path = SHARED / f"wikitext2_{name}.tokens"
-    if not path.exists():
-        pytest.skip(f"no {path.name} in {SHARED}")
-    place = Place("transfer", "tokens", "lines", SHARED, {"test": (path,)})
-    assert readers.count(readers.read_lines(place, "test")).words == words
+    assert readers.count(readers.read_lines(real(name), "test")).words == words
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("valid", 255_114), ("test", 291_731)])
+def test_the_real_files_have_the_known_number_of_bpe_ids(monkeypatch, name, tokens):
+    monkeypatch.undo()
+    place = real(name)
+    if next(locate_bpe(SHARED), None) is None:
+        pytest.skip(f"no BPE of GPT-2's in {SHARED}")
+    bpe = tokenizers.Bpe(*tokenizers.read_bpe(SHARED))
+    assert sum(len(bpe.encode(batch).ids_N) for batch in readers.read_lines(place, "test")) == tokens

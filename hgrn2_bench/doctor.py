@@ -48,6 +48,7 @@ LEAST_FREE, LITTLE_FREE = 0.2 * GB, 5 * GB
 OPTIONAL = {
     "matplotlib": (("matplotlib",), "plot draws figures", "report"),
     "pillow, pyarrow": (("PIL", "pyarrow"), "suites read images and parquet files", "lra"),
+    "tokenizers": (("tokenizers",), "suite wikitext reads GPT-2's BPE", "wikitext"),
 }
 """Packages with the modules they are, what they add, and the extra that installs them."""
 UNUSED = {"mamba_ssm": "mamba-ssm", "causal_conv1d": "causal-conv1d", "flash_attn": "flash-attn"}

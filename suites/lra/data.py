@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.files import cache_folder, data_folder
 from suites.lra import listops, pathfinder, readers, shards, standins
-from suites.lra.files import cache_folder, data_folder
 from suites.lra.items import Split, Texts
 from suites.lra.places import find
 from suites.lra.protocol import LRAConfig
@@ -115,14 +115,14 @@ def _generate(config: LRAConfig) -> Data:
     wanted, workers = sizes(config), len(os.sched_getaffinity(0))
     if config.dataset == "listops":
         task = listops.ListOps(config.min_tokens, config.max_tokens, config.max_depth)
-        return Data(_named(listops.splits(listops.generate(task, DATA_SEED, wanted, cache_folder(), workers), config.longest)))
+        return Data(_named(listops.splits(listops.generate(task, DATA_SEED, wanted, cache_folder("lra"), workers), config.longest)))
     drawn = pathfinder.parameters(config.resolution, config.contour_length)
     key = {"version": PATHFINDER_VERSION, "resolution": config.resolution, "contour_length": config.contour_length, "seed": DATA_SEED}
     make = functools.partial(pathfinder.draw_many, drawn, DATA_SEED)
     source = shards.Source("pathfinder", key, make, max(1, SHARD_PIXELS // config.resolution**2 // 16))
     splits, start = {}, 0
     for name, count in wanted.items():
-        arrays = shards.generate(cache_folder(), source, range(start, start + count), workers)
+        arrays = shards.generate(cache_folder("lra"), source, range(start, start + count), workers)
         splits[name] = Split(arrays["images"][..., None], arrays["labels"].astype(np.int64))
         start += count
     return Data(splits)

@@ -1,45 +1,15 @@
-"""Files that need an optional package: parquet tables (pyarrow) and encoded images (Pillow)."""
+"""Pictures: encoded ones (Pillow), and the grey of coloured ones."""
 
-import importlib
 import io
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 
-from hgrn2_bench.errors import ConfigError, DataError
+from hgrn2_bench.errors import DataError
+from hgrn2_bench.rows import needed
 
-INSTALL = 'pip install "hgrn2_bench[lra]"'
-PARQUET_ROWS = 1000
-"""Rows held at once."""
 GREY_WEIGHTS = (19595, 38470, 7471)
 """0.299, 0.587, 0.114 times 2^16: Pillow's `L`, rounded to nearest."""
-
-
-def needed(module: str, package: str, purpose: str) -> ModuleType:
-    """An optional module. ConfigError, one line with the command that installs it, where it is missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise ConfigError(f"{purpose} needs {package}, which is not installed: {INSTALL}") from None
-
-
-def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    """Rows of some columns; of each sequence of names (`img|image`) the first that is there. DataError names file and column."""
-    parquet = needed("pyarrow.parquet", "pyarrow", f"{path}: parquet")
-    arrow = needed("pyarrow", "pyarrow", f"{path}: parquet")
-    try:
-        with parquet.ParquetFile(path) as file:
-            there = file.schema_arrow.names
-            names = [next((name for name in column.split("|") if name in there), "") for column in columns]
-            if not all(names):
-                raise DataError(f"{path}: columns {', '.join(there)}; needed: {', '.join(columns)}")
-            for batch in file.iter_batches(batch_size=PARQUET_ROWS, columns=names):
-                yield from zip(*(batch.column(name).to_pylist() for name in names), strict=True)
-    except (arrow.ArrowInvalid, arrow.ArrowIOError, OSError) as error:
-        raise DataError(f"{path}: damaged parquet ({str(error).splitlines()[0]})") from None
 
 
 def decode_image(source: Path | bytes, where: str, mode: str, size: int) -> np.ndarray:

@@ -13,9 +13,11 @@ import numpy as np
 
 from hgrn2_bench.config import require
 from hgrn2_bench.errors import DataError
-from suites.lra.formats import decode_image, grey, parquet_rows
+from hgrn2_bench.files import subfolders
+from hgrn2_bench.rows import parquet_rows
+from suites.lra.formats import decode_image, grey
 from suites.lra.items import Split
-from suites.lra.places import CLASSES, NUMBERED, Place, subfolders
+from suites.lra.places import CLASSES, NUMBERED, Place
 from suites.lra.splits import check_count, drawn, random_parts
 
 COUNTS = {"train": 50_000, "test": 10_000}

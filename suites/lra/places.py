@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hgrn2_bench import reviews
 from hgrn2_bench.errors import ConfigError, DataError
+from hgrn2_bench.files import files_in, folders, subfolders
+from hgrn2_bench.rows import has_column, parquet_footer, shards
 
 EXPECTED = {
     "listops": "listops-1000/basic_{train,val,test}.tsv",
-    "text": "aclImdb/{train,test}/{pos,neg}/*.txt, or *train*.parquet and *test*.parquet (text, label), or the same as .jsonl or .jsonl.gz",
+    "text": reviews.EXPECTED,
     "retrieval": "tsv_data/new_aan_pairs.{train,eval,test}.tsv",
     "image": "cifar-10-batches-py, cifar-10-batches-bin, {train,test}/<class>/*.png, or *train*.parquet and *test*.parquet (img, label)",
     "pathfinder": "pathfinder32/curv_contour_length_14/{imgs,metadata}",
@@ -21,12 +24,8 @@ RESOLUTIONS = {"pathfinder": 32, "pathx": 128}
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 """Of CIFAR-10, in the order of their labels."""
 NUMBERED = tuple(map(str, range(len(CLASSES))))
-MAX_DEPTH = 4
-"""Folders below the given one: lra_release/lra_release/pathfinder/pathfinder32."""
 CLOSED = {"imgs", "metadata", "train", "test", "pos", "neg", "unsup"}
 """Folders of items, which are many: never searched for further data."""
-TAIL = 8
-"""Bytes at the end of a parquet file: the footer's length and the magic word."""
 
 Files = dict[str, tuple[Path, ...]]
 """By split."""
@@ -84,18 +83,18 @@ def locate(root: Path) -> Found:
         raise ConfigError(f"no folder {root}")
     places: list[Place] = []
     faults: list[str] = []
-    for folder in _folders(root):
+    for folder in folders(root, _searched):
         try:
-            files = sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+            files = files_in(folder)
         except OSError as error:
             faults.append(f"{folder}: cannot be read ({error.strerror})")
             continue
         places += _tables(folder, files)
         places += _pickles_and_binaries(folder, files)
         places += _folders_of_items(folder)
-        for shards in _shards(files):
+        for there in shards(files, reviews.WORDS, reviews.ENDINGS):
             try:
-                places += _sharded(folder, shards)
+                places += _sharded(folder, there)
             except DataError as error:
                 faults.append(str(error))
         if (folder / "metadata").is_dir() and (folder / "imgs").is_dir() and folder == root:
@@ -103,21 +102,9 @@ def locate(root: Path) -> Found:
     return Found(tuple(places), tuple(faults))
 
 
-def _folders(root: Path) -> Iterator[Path]:
-    """The folder and those below it that may hold data, nearest first."""
-    level = [root]
-    for depth in range(MAX_DEPTH + 1):
-        yield from level
-        if depth < MAX_DEPTH:
-            level = [path for folder in level if not _difficulties(folder) for path in subfolders(folder) if path.name not in CLOSED]
-
-
-def subfolders(folder: Path) -> list[Path]:
-    """Folders in a folder by name, hidden ones left out; none where it cannot be read."""
-    try:
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    except OSError:
-        return []
+def _searched(folder: Path) -> list[Path]:
+    """Folders in a folder that may hold data."""
+    return [] if _difficulties(folder) else [path for path in subfolders(folder) if path.name not in CLOSED]
 
 
 def _difficulties(folder: Path) -> list[Path]:
@@ -157,18 +144,8 @@ def _folders_of_items(folder: Path) -> Iterator[Place]:
             yield Place(task, "PNG files with metadata", folder, there)
 
 
-def _shards(files: list[Path]) -> Iterator[dict[str, list[Path]]]:
-    """Files by split, for each data set: names that agree before the word `train` or `test` and in their ending belong together."""
-    sets: dict[tuple[str, str], dict[str, list[Path]]] = {}
-    for path in files:
-        match = re.fullmatch(r"(.*?)(train|test)[^.]*\.(parquet|jsonl|jsonl\.gz)", path.name)
-        if match:
-            sets.setdefault((match[1], match[3]), {}).setdefault(match[2], []).append(path)
-    yield from sets.values()
-
-
-def _sharded(folder: Path, shards: dict[str, list[Path]]) -> Iterator[Place]:
-    files = {split: tuple(paths) for split, paths in shards.items()}
+def _sharded(folder: Path, there: dict[str, list[Path]]) -> Iterator[Place]:
+    files = {split: tuple(paths) for split, paths in there.items()}
     first = next(path for paths in files.values() for path in paths)
     if first.suffix != ".parquet":
         if len(files) > 1:  # a lone file may be any data set's
@@ -180,20 +157,8 @@ def _sharded(folder: Path, shards: dict[str, list[Path]]) -> Iterator[Place]:
 
 
 def _kind(path: Path) -> str:
-    """The task whose columns a parquet file has, read from its footer without pyarrow; empty for another's."""
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - TAIL))
-        tail = file.read()
-        length = int.from_bytes(tail[:4], "little")
-        if tail[4:] != b"PAR1" or length + TAIL > size:
-            raise DataError(f"{path}: no parquet file, or cut short ({size} bytes): copy it again")
-        file.seek(size - TAIL - length)
-        footer = file.read(length)
-
-    def has(column: str) -> bool:  # a name stands behind its length
-        return bytes([len(column)]) + column.encode() in footer
-
-    if not has("label"):
+    """The task whose columns a parquet file has; empty for another's."""
+    footer = parquet_footer(path)
+    if not has_column(footer, "label"):
         return ""
-    return "image" if has("img") or has("image") else "text" if has("text") else ""
+    return "image" if has_column(footer, "img") or has_column(footer, "image") else "text" if has_column(footer, "text") else ""

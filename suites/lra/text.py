@@ -1,25 +1,19 @@
 """LRA Text: IMDB reviews as characters, from aclImdb folders, hub parquet or JSON lines (state-spaces/s4 src/dataloaders/lra.py)."""
 
-import gzip
-import json
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
 from hgrn2_bench.config import require
-from hgrn2_bench.errors import DataError
+from hgrn2_bench.reviews import review_rows
 from suites.lra.characters import Row, count_vocabulary, encode
-from suites.lra.formats import parquet_rows
 from suites.lra.items import Split
 from suites.lra.places import Place
 from suites.lra.splits import check_count, drawn, permutation
 
 COUNTS = {"train": 25_000, "test": 25_000}
-UNLABELLED = -1
 
 
 @dataclass(frozen=True)
@@ -65,43 +59,5 @@ def read_text(place: Place, options: TextOptions) -> dict[str, Split]:
 
 def text_rows(place: Place, split: str) -> Iterator[Row]:
     """Reviews of a split in the order of its files; label 0 negative, 1 positive, -1 none."""
-    layouts = {"aclImdb folders": _folder_rows, "parquet": _parquet_rows, "json lines": _json_rows}
     for path in place.of(split):
-        for where, text, label in layouts[place.layout](path):
-            if not isinstance(text, str) or isinstance(label, bool) or label not in (0, 1, UNLABELLED):
-                raise DataError(f"{where}: text {type(text).__name__}, label {label!r}; expected a string and 0, 1 or -1 (unlabelled)")
-            yield Row(int(label), (text,))
-
-
-Found = Iterator[tuple[str, object, object]]
-"""Where an item stands, its text and its label, unchecked."""
-
-
-def _folder_rows(folder: Path) -> Found:
-    for label, name in enumerate(("neg", "pos")):
-        files = sorted((folder / name).glob("*.txt"), key=lambda path: (path.stem.partition("_")[0].zfill(8), path.stem))
-        if not files:
-            raise DataError(f"{folder / name}: no reviews (*.txt); expected 12500")
-        for path in files:
-            try:
-                yield str(path), path.read_bytes().decode(), label
-            except UnicodeDecodeError:
-                raise DataError(f"{path}: not UTF-8: unpack the archive again") from None
-
-
-def _parquet_rows(path: Path) -> Found:
-    for number, (text, label) in enumerate(parquet_rows(path, ("text", "label"))):
-        yield f"{path}, row {number}", text, label
-
-
-def _json_rows(path: Path) -> Found:
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                item = json.loads(line)
-                yield f"{path}:{number}", item["text"], item["label"]
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise DataError(f"{path}: cut short or damaged after line {number}: copy it again") from None
-    except (ValueError, KeyError, TypeError):  # no JSON, not UTF-8, no such key, no object
-        raise DataError(f'{path}:{number}: expected one JSON object with "text" and "label"') from None
+        yield from (Row(label, (text,)) for text, label in review_rows(place.layout, path))

@@ -35,7 +35,7 @@ class WikitextConfig:
     symbols: int = 64
     facts: int = 0
     document: int = 256
-    """Of a generated source: its symbols, the facts (pairs of a key and its value) told first in each document, and a document's tokens."""
+    """Of a generated source: its symbols, the facts (pairs of a key and its value) at each document's start, and a document's tokens."""
 
     def __post_init__(self) -> None:
         require(self.block >= 2, f"block={self.block} must be at least 2 tokens")
@@ -50,3 +50,5 @@ class WikitextConfig:
             value = getattr(self, name)
             require(drawn or value == getattr(type(self), name), f"{name}={value} has no effect on dataset={self.dataset}")
         require(not (drawn and self.transfer), "transfer=true: a generated source has no words to transfer to")
+        words = "transfer=true: tokenizer=word has the words of its own training text only; use tokenizer=gpt2 or bytes"
+        require(not (self.transfer and self.tokenizer == "word"), words)

@@ -1,0 +1,90 @@
+"""The user's files and the cache: where they are, how folders are searched, what tells one set of files from another.
+
+Imports neither torch nor numpy.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+DATA, CACHE = "HGRN2_BENCH_DATA", "HGRN2_BENCH_CACHE"
+SAMPLE = 1 << 16
+"""Bytes at each end of a file that go into its fingerprint, beside its size."""
+MOST_FILES = 1000
+"""Of a folder of more files, so many count, spread evenly."""
+MAX_DEPTH = 4
+"""Folders below the given one that are searched: lra_release/lra_release/pathfinder/pathfinder32."""
+
+
+def data_folder() -> Path:
+    """The user's data: HGRN2_BENCH_DATA, or `data` here."""
+    return Path(os.environ.get(DATA, "data"))
+
+
+def cache_folder(suite: str) -> Path:
+    """Where a suite keeps what it generated or tokenised: under HGRN2_BENCH_CACHE, or under `~/.cache/hgrn2_bench`."""
+    return Path(os.environ.get(CACHE, Path.home() / ".cache" / "hgrn2_bench")) / suite
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """Folders in a folder by name, hidden ones left out; none where it cannot be read."""
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError:
+        return []
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Files in a folder by name, hidden ones left out. OSError where it cannot be read."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+def folders(root: Path, below: Callable[[Path], list[Path]] = subfolders) -> Iterator[Path]:
+    """The folder and those at most MAX_DEPTH below it, nearest first; `below` gives the folders of one that are searched too."""
+    level = [root]
+    for depth in range(MAX_DEPTH + 1):
+        yield from level
+        if depth < MAX_DEPTH:
+            level = [path for folder in level for path in below(folder)]
+
+
+def searched(root: Path, closed: Container[str]) -> Iterator[tuple[Path, list[Path]]]:
+    """Folders, nearest first, and their files; those that cannot be read, and those below with a closed name, are passed over."""
+    for folder in folders(root, lambda folder: [path for path in subfolders(folder) if path.name not in closed]):
+        with contextlib.suppress(OSError):
+            yield folder, files_in(folder)
+
+
+def named(folder: Path, files: Mapping[str, Sequence[Path]]) -> Iterator[tuple[str, Path]]:
+    """Files of each split with a name free of where the folder lies; of one that is a folder of many files, some."""
+    for split in sorted(files):
+        for path in files[split]:
+            for file in _spread(path) if path.is_dir() else [path]:
+                yield f"{split}/{file.relative_to(folder) if file.is_relative_to(folder) else file.name}", file
+
+
+def _spread(folder: Path) -> list[Path]:
+    """Files under a folder, all or about MOST_FILES of them."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return found[:: max(1, len(found) // MOST_FILES)]
+
+
+def fingerprint(named: Iterable[tuple[str, Path]]) -> str:
+    """16 hex digits over the names that are given, and over sizes and ends of the files."""
+    digest = hashlib.sha256()
+    for name, file in named:
+        digest.update(name.encode())
+        digest.update(_sample(file))
+    return digest.hexdigest()[:16]
+
+
+def _sample(file: Path) -> bytes:
+    """Size, first and last bytes."""
+    with file.open("rb") as opened:
+        size = opened.seek(0, os.SEEK_END)
+        opened.seek(0)
+        first = opened.read(SAMPLE)
+        opened.seek(max(0, size - SAMPLE))
+        return b"%d " % size + first + opened.read(SAMPLE)

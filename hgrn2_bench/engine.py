@@ -309,7 +309,7 @@ def _row(shared: Mapping[str, Any], metric: Metric) -> Row:
     if metric.higher_is_better is not None:
         own["higher_is_better"] = metric.higher_is_better
     values = {"split": metric.split, "metric": metric.name, "value": metric.value, "num_items": metric.num_items}
-    return Row(**{**shared, **own, **values, "floors": dict(metric.floors)})
+    return Row(**{**shared, **own, **values, "floors": dict(metric.floors), "card": dict(metric.card)})
 
 
 def device_is_broken(cell: Cell) -> bool:

@@ -1,7 +1,8 @@
 """Rows to lines: which runs may be compared, and what one line of a table or one point of a figure stands for.
 
-Runs are compared within one task, preset, protocol version, precision, match and data. Runs that differ only in seed are one line, and the
-tuning grid is reduced to its best value, chosen on the selection split. A failed run counts as the worst value; it is never dropped.
+Runs are compared within one task, preset, protocol version, precision, match, metric card and data. Runs that differ only in seed are
+one line, and the tuning grid is reduced to its best value, chosen on the selection split. A failed run counts as the worst value; it is
+never dropped.
 """
 
 import json
@@ -78,7 +79,7 @@ class Part:
     apart: tuple[str, ...]
     """Where rows of the same preset and task are in other parts: why, in whole sentences."""
     which: str
-    """Where the other parts differ in data only: the settings, or the data hash, by which to tell this one."""
+    """Where the other parts differ in the metric's card or in data only: what by which to tell this one."""
 
     @property
     def task(self) -> str:
@@ -93,20 +94,49 @@ def place_of(row: Row, protocol: Protocol) -> tuple[Any, ...]:
 
 
 def comparable(rows: Iterable[Row], protocol: Protocol, metric: str) -> list[Part]:
-    """Runs in parts of one preset, task, protocol version, precision, match and data (and device, for a speed), in alphabetical order."""
+    """Runs in parts that share what `place_of` says, task, metric card and data, in alphabetical order."""
     groups: dict[tuple[Any, ...], list[Run]] = defaultdict(list)
     for run in _runs(rows, metric):
         groups[(run.row.preset, run.row.task, *place_of(run.row, protocol))].append(run)
     found = []
     for key in sorted(groups):
-        parts = _split_by_data(groups[key], protocol)
+        by_card = _split_by_card(groups[key], protocol)
         others = [k for k in groups if k[:2] == key[:2] and k != key]
         why = ["rows of another protocol version, precision or device, or of another match, are in a table of their own"] if others else []
-        for part in parts:
-            which = _told_by(part, parts)
-            data = f"rows of the same seed but other data (data hash) are in a table of their own; this one: {which}"
-            found.append(Part(tuple(part), (*why, *([data] if which else [])), which))
+        for card, runs in by_card.items():
+            carded = _told_card(card, list(by_card))
+            cards = [f"rows whose metric is defined otherwise (its card) are in a table of their own; this one: {carded}"] if carded else []
+            parts = _split_by_data(runs, protocol)
+            for part in parts:
+                which = _told_by(part, parts)
+                data = [f"rows of the same seed but other data (data hash) are in a table of their own; this one: {which}"] if which else []
+                found.append(Part(tuple(part), (*why, *cards, *data), ", ".join(filter(None, (carded, which)))))
     return found
+
+
+def _split_by_card(runs: Sequence[Run], protocol: Protocol) -> dict[str, list[Run]]:
+    """Runs by the card of their metric, as JSON. A run that came to nothing has none and stays with its own line, else with the first."""
+    known = sorted({_card(run) for run in runs if run.row.status == "ok"}) or [""]
+    if len(known) == 1:
+        return {known[0]: list(runs)}
+    parts: dict[str, list[Run]] = {card: [] for card in known}
+    for line in _grouped(runs, protocol).values():
+        own = [_card(run) for run in line if run.row.status == "ok"] or known
+        for run in line:
+            parts[_card(run) if run.row.status == "ok" else own[0]].append(run)
+    return parts
+
+
+def _card(run: Run) -> str:
+    return json.dumps(dict(run.row.card), sort_keys=True)
+
+
+def _told_card(card: str, cards: Sequence[str]) -> str:
+    """The entries of a card in which it differs from others; nothing where there is one card."""
+    if len(cards) == 1:
+        return ""
+    mine, each = json.loads(card), [json.loads(other) for other in cards]
+    return ", ".join(f"{key} {mine[key]}" for key in mine if any(other.get(key) != mine[key] for other in each)) or "no card"
 
 
 def _told_by(part: Sequence[Run], parts: Sequence[Sequence[Run]]) -> str:

@@ -106,3 +106,5 @@ class Metric:
     """Where it is not the protocol's."""
     higher_is_better: bool | None = None
     """Where it is not the protocol's."""
+    card: Mapping[str, str] = field(default_factory=dict)
+    """How the number is defined, in words, where its name does not say all: rows of different cards never share a table."""

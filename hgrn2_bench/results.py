@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pandas
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 OUTCOMES = ("ok", "failed", "skipped", "oom", "diverged", "timeout")
 
 
@@ -80,6 +80,8 @@ class Row:
     """The model's own version, or the hash of a user's file: other code under the same name."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Of a timed cell: how the number came about. Since schema 2."""
+    card: Mapping[str, str] = field(default_factory=dict)
+    """How the metric is defined, in words: rows of different cards never share a table. Since schema 3."""
     schema_version: int = SCHEMA_VERSION
 
     VOLATILE = ("wall_s", "compile_s", "step_s", "tokens_per_s", "peak_bytes", "device_name", "workers", "time", "details")
@@ -95,7 +97,7 @@ _REQUIRED = tuple(f.name for f in dataclasses.fields(Row) if f.default is datacl
 
 _NUMBER = (int, float, type(None))
 _KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("settings", "effective", "floors", "versions", "details"), dict),
+    **dict.fromkeys(("settings", "effective", "floors", "versions", "details", "card"), dict),
     **dict.fromkeys(
         ("suite", "preset", "task", "model", "split", "metric", "unit", "status", "reason", "cell", "time", "device_name"), str
     ),

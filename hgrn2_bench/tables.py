@@ -1,7 +1,7 @@
 """Rows to tables: a pure function of the rows and the suite's protocol.
 
-A table holds one task under one preset, protocol version, precision, match and data; rows that differ in these go to tables of their
-own, and a note says why. `lines.py` says what one line of a table is.
+A table holds one task under one preset, protocol version, precision, match, metric card and data; rows that differ in these go to
+tables of their own, and a note says why. `lines.py` says what one line of a table is.
 """
 
 import json

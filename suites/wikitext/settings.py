@@ -35,7 +35,7 @@ class WikitextConfig:
     symbols: int = 64
     facts: int = 0
     document: int = 256
-    """Of a generated source: its symbols, the facts (pairs of a key and its value) at each document's start, and a document's tokens."""
+    """Of a generated source: its symbols, the facts (pairs of a key and its value) at a document's start, and its mean tokens."""
 
     def __post_init__(self) -> None:
         require(self.block >= 2, f"block={self.block} must be at least 2 tokens")
@@ -49,6 +49,10 @@ class WikitextConfig:
         for name in ("symbols", "facts", "document"):
             value = getattr(self, name)
             require(drawn or value == getattr(type(self), name), f"{name}={value} has no effect on dataset={self.dataset}")
+        known = f"symbols={self.symbols} with facts={self.facts}"
+        require(2 * self.facts < self.symbols, f"{known}: {self.facts} keys, as many values and the separator are different symbols")
+        long = self.document >= 2 * self.facts + 2
+        require(long, f"document={self.document} with facts={self.facts} must be at least {2 * self.facts + 2}: 2 tokens beside the facts")
         require(not (drawn and self.transfer), "transfer=true: a generated source has no words to transfer to")
         words = "transfer=true: tokenizer=word has the words of its own training text only; use tokenizer=gpt2 or bytes"
         require(not (self.transfer and self.tokenizer == "word"), words)

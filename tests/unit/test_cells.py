@@ -10,6 +10,7 @@ from hgrn2_bench import cells, engine
 from hgrn2_bench.cells import CellFolder, LockedError, check_results, is_locked, read_json, replace_file
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.plan import Cell, make_plan
+from hgrn2_bench.protocol import Metric
 
 
 @pytest.fixture
@@ -22,6 +23,13 @@ def finished(cell, results, status="ok"):
     with folder.lock():
         folder.finish(engine.make_rows(cell, [], status, "a reason", engine.Facts()))
     return folder
+
+
+def test_a_row_has_the_card_of_its_metric_and_none_where_nothing_was_measured(cell):
+    carded = Metric("test", "perplexity", 20.0, 10, card={"window": "512 tokens"})
+    plain = Metric("test", "accuracy", 0.5, 10)
+    assert [row.card for row in engine.make_rows(cell, [carded, plain], "ok", "", engine.Facts())] == [{"window": "512 tokens"}, {}]
+    assert engine.make_rows(cell, [], "failed", "a reason", engine.Facts())[0].card == {}
 
 
 def hold(results, content, ready):

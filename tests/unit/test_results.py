@@ -131,6 +131,7 @@ def test_a_row_never_writes_what_is_not_json(value, place):
         (json.dumps(content(status="great")), "unknown status 'great'"),
         (json.dumps(content(status=["ok"])), "not a result row: status is ['ok']"),
         (json.dumps(content(settings="x")), "not a result row: settings is 'x'"),
+        (json.dumps(content(card="window 0")), "not a result row: card is 'window 0'"),
         (json.dumps(content(value="0.9")), "not a result row: value is '0.9'"),
         (json.dumps(content(value=math.nan)), "NaN is not JSON"),
         (json.dumps(content(value=-math.inf)), "-Infinity is not JSON"),
@@ -151,7 +152,7 @@ def test_parse_row_takes_a_newer_schema_by_no_means_but_unknown_fields_by_all():
 
 def test_parse_row_takes_older_rows_without_later_fields():
     old = content()
-    for name in ("schema_version", "mixer_version"):
+    for name in ("schema_version", "mixer_version", "details", "card"):
         del old[name]
     assert parse_row(json.dumps(old)) == row(mixer_version="", cell=row().cell)
 

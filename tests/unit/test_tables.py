@@ -434,6 +434,57 @@ def test_data_that_changed_under_equal_settings_is_named_by_its_hash():
     }
 
 
+def carded(window, **changes):
+    return {"card": {"unit": "nats", "window": window, "tokenizer": "gpt2"}, **changes}
+
+
+def test_rows_whose_metric_is_defined_otherwise_never_share_a_table():
+    rows = [
+        *run(0.9, **carded("0")),
+        *run(0.8, **carded("0", model="gla")),
+        *run(0.7, **carded("400", model="mamba")),
+        *run(0.6, model="s4d"),
+    ]
+    tables = make_tables(rows, BIMODAL)
+    assert sorted(tuple(f["model"] for f in lines(table)) for table in tables) == [("hgrn2", "gla"), ("mamba",), ("s4d",)]
+    told = {note.rpartition("this one: ")[2] for table in tables for note in table.notes if "defined otherwise (its card)" in note}
+    assert told == {"tokenizer gpt2, unit nats, window 0", "tokenizer gpt2, unit nats, window 400", "no card"}
+    two = make_tables(rows[:-2], BIMODAL)
+    assert {note.rpartition("this one: ")[2] for table in two for note in table.notes if "its card" in note} == {"window 0", "window 400"}
+
+
+def test_rows_of_one_card_say_nothing_of_it():
+    assert not noted(only([*run(0.9, **carded("0")), *run(0.8, **carded("0", model="gla"))]), "card")
+
+
+def test_cards_of_other_metrics_split_nothing():
+    other = row(metric="other", value=1.0, **carded("400"))
+    assert not noted(only([*run(0.9, **carded("0")), other]), "card")
+
+
+def test_a_failure_stays_with_the_card_of_its_own_line():
+    wide, narrow = {"vocab_size": 64}, {"vocab_size": 32}
+    rows = [*run(0.9, settings=narrow, **carded("0")), *run(0.8, settings=wide, **carded("400"))]
+    rows += [failed("oom", "no memory", seed=1, settings=each) for each in (narrow, wide)]
+    rows += [failed("oom", "no memory", model="gla", settings=wide)]
+    tables = make_tables(rows, BIMODAL)
+    assert [[(f["model"], f["value"]) for f in lines(table)] for table in tables] == [
+        [("hgrn2", "0.900, –"), ("gla", "–")],
+        [("hgrn2", "0.800, –")],
+    ]
+
+
+def test_data_that_differ_within_one_card_split_once_more():
+    rows = [
+        *run(0.9, **carded("0", data_hash="a")),
+        *run(0.8, **carded("0", model="gla", data_hash="b")),
+        *run(0.7, **carded("400", model="mamba")),
+    ]
+    tables = make_tables(rows, BIMODAL)
+    assert [len(table.lines) for table in tables] == [1, 1, 1]
+    assert sum(noted(table, "other data (data hash)") for table in tables) == 2
+
+
 def test_a_failure_without_data_stands_beside_the_others():
     table = only([*run(0.9, model="gla"), failed("oom", "no memory", data_hash="")])
     assert [f["model"] for f in lines(table)] == ["gla", "hgrn2"]

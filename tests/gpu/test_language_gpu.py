@@ -1,5 +1,7 @@
 """Language models on the GPU: fla's fused loss beside the chunked one, its memory, a step in a CUDA graph, states carried."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 

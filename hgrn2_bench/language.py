@@ -1,12 +1,14 @@
 """Language models: the loss of every next token, without a logit more than is needed at once, and with a state that can be carried.
 
 The logits of a batch are larger than all else: 128 x 512 tokens over 50,264 words are 13 GB in float32. So they are made for a few tokens
-at a time, for training a second time when their gradient is due; on a GPU with fla in its kernel that makes loss and gradient at once.
+at a time, and in training turned into gradients at once, as fla's kernel does that takes over on a GPU; those of an adaptive softmax are
+made a second time when their gradient is due.
 
 Shape letters: B batch, T time, M = B T tokens, D width, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,9 +51,9 @@ class LanguageModel(SequenceModel):
             from hgrn2_bench.ops import fla
 
             return fla.linear_cross_entropy(x_MD, self.head.weight, targets_M)
+        if isinstance(self.head, nn.Linear) and torch.is_grad_enabled():
+            return linear_cross_entropy(x_MD, self.head.weight, targets_M, self._chunk_size)
         parts = self._chunks(x_MD, targets_M)
-        if len(parts) == 1 or not torch.is_grad_enabled():
-            return torch.stack([nats_of(self.head, *part).sum() for part in parts]).sum() / len(targets_M)
         sums = [checkpoint(_summed, self.head, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
         return torch.stack(sums).sum() / len(targets_M)
 
@@ -92,8 +94,46 @@ class LanguageModel(SequenceModel):
 
     def _chunks(self, x_MD: Tensor, targets_M: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Hidden states and targets in parts, each with CHUNK_LOGITS logits at most (but at least one token)."""
-        size = max(1, CHUNK_LOGITS // self.vocab_size)
-        return list(zip(x_MD.split(size), targets_M.split(size), strict=True))
+        return list(zip(x_MD.split(self._chunk_size), targets_M.split(self._chunk_size), strict=True))
+
+    @property
+    def _chunk_size(self) -> int:
+        return max(1, CHUNK_LOGITS // self.vocab_size)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Loss and gradients of a linear head, `size` rows at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, size: int) -> Tensor:
+        dx_MD, dweight_VD, sums = torch.empty_like(x_MD), wide(torch.zeros_like(weight_VD)), []
+        for x, dx, targets in zip(x_MD.split(size), dx_MD.split(size), targets_M.split(size), strict=True):
+            log_p = wide(F.linear(x, weight_VD)).log_softmax(-1)
+            sums.append(-log_p.gather(1, targets[:, None]).sum())
+            residue = log_p.exp_().scatter_add_(1, targets[:, None], log_p.new_full((len(targets), 1), -1.0)).to(x.dtype)
+            dx.copy_(residue @ weight_VD)
+            dweight_VD += residue.T @ x
+        ctx.save_for_backward(dx_MD, dweight_VD)
+        ctx.dtype = weight_VD.dtype
+        return torch.stack(sums).sum() / len(targets_M)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        dx_MD, dweight_VD = ctx.saved_tensors
+        share = grads[0] / len(dx_MD)
+        return dx_MD * share.to(dx_MD.dtype), (dweight_VD * share).to(ctx.dtype), None, None
+
+
+def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, targets_M: Tensor, size: int) -> Tensor:
+    """Mean cross-entropy in float32 or wider of the logits x W^T, of which `size` rows exist at a time.
+
+    Under autocast both are cast here, as autocast would do before a product, so that their gradients are cast back.
+    """
+    if torch.is_autocast_enabled(x_MD.device.type):
+        half = torch.get_autocast_dtype(x_MD.device.type)
+        x_MD, weight_VD = x_MD.to(half), weight_VD.to(half)
+    mean: Tensor = _LinearCrossEntropy.apply(x_MD, weight_VD, targets_M, size)
+    return mean
 
 
 def nats_of(head: nn.Module, x_MD: Tensor, targets_M: Tensor) -> Tensor:

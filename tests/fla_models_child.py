@@ -82,6 +82,10 @@ def report(folder: Path) -> dict[str, Any]:
             found[name] = run()
         except Exception:
             found[name] = traceback.format_exc()
+    from fla.models import HGRN2Config
+
+    theirs = HGRN2Config().to_dict() | {"num_heads": None}  # which it computes
+    found["other defaults"] = [name for name, value in fla_models.DEFAULTS.items() if theirs.get(name) != value]
     found["shards"] = len(list((folder / "as published" / "theirs").glob("*.safetensors")))
     return found
 

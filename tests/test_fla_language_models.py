@@ -61,5 +61,9 @@ def test_our_model_has_its_logits_in_fla(report: dict[str, Any]) -> None:
     assert found["theirs"] < TOLERANCE
 
 
+def test_fields_that_a_folder_leaves_out_have_fla_s_defaults(report: dict[str, Any]) -> None:
+    assert report["other defaults"] == []
+
+
 def test_weights_came_in_several_files(report: dict[str, Any]) -> None:
     assert report["shards"] > 1

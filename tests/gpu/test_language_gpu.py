@@ -1,11 +1,12 @@
 """Language models on the GPU: fla's fused loss beside the chunked one, its memory, a step in a CUDA graph, states carried."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
 
-from hgrn2_bench import registry
+from hgrn2_bench import checkpoints, fla_models, registry
 from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.language import LanguageModel
 
@@ -54,6 +55,17 @@ def test_the_fused_loss_makes_no_tensor_of_all_logits() -> None:
         before = torch.cuda.memory_allocated()
         model.loss(inputs, targets).backward()
     assert torch.cuda.max_memory_allocated() - before < inputs.numel() * 50_264  # bytes: half of what all logits take in bfloat16
+
+
+def test_a_folder_of_fla_s_runs_on_its_kernels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    words = {"channel_mixer": "glu", "glu_bias": False, "norm": "rmsnorm", "lower_bound": "inclusive", "embed_std": 1.0}
+    config, (inputs, targets) = ModelConfig(d_model=64, num_layers=2, **words), batch(50)
+    made = LanguageModel(config, registry.load("hgrn2"), {"variant": "fla", "expand_ratio": 32}, "chunked", 50, T)
+    fla_models.save(made, tmp_path / "model")
+    got, _ = checkpoints.load(tmp_path / "model", "fla", "cuda").losses(inputs, targets)
+    want, _ = checkpoints.load(tmp_path / "model").losses(inputs.cpu(), targets.cpu())
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-2, atol=1e-2)
 
 
 def test_states_carry_on_fla() -> None:

@@ -49,12 +49,32 @@ def test_chunks_give_the_loss_and_gradient_of_all_logits_at_once(logits, tied, m
 
 def test_no_tensor_of_all_logits_is_made(monkeypatch):
     monkeypatch.setattr(language, "CHUNK_LOGITS", 5 * V)
-    model, seen = build(), []
-    model.head.register_forward_hook(lambda module, args, out: seen.append(out.numel()))
-    model.loss(tokens(1), tokens(2)).backward()
-    model.losses(tokens(1), tokens(2))
-    assert len(seen) == 3 * 12
-    assert max(seen) == 5 * V
+    seen, linear = [], F.linear
+    monkeypatch.setattr(F, "linear", lambda x, weight, *bias: seen.append((len(x), len(weight))) or linear(x, weight, *bias))
+    model = build()
+    for run in (model.loss, model.losses):
+        seen.clear()
+        run(tokens(1), tokens(2))
+        assert [rows for rows, width in seen if width == V] == 12 * [5]
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_gradients_made_with_the_loss_are_those_of_autograd(size):
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, 4, dtype=torch.float64, requires_grad=True), torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 4, 4, 1, 2, 3, 0])
+    assert torch.autograd.gradcheck(lambda x, weight: 3 * language.linear_cross_entropy(x, weight, targets, size), (x, weight))
+
+
+def test_autocast_rounds_as_it_does_for_the_plain_loss():
+    model, results = build(), []
+    for loss in (model.loss, lambda inputs, targets: plain_nats(model, inputs, targets).mean()):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(tokens(1), tokens(2))
+        results.append([value, *torch.autograd.grad(value, list(model.parameters()))])
+    for got, want in zip(*results, strict=True):
+        assert got.dtype == torch.float32
+        assert ((got - want).norm() / want.norm()).item() < 2e-2
 
 
 def test_losses_are_float32_under_autocast_and_take_any_integers():

@@ -9,9 +9,13 @@ The published layer (`variant=paper`) has a complex state of D channels:
 
 `variant=fla` is the real layer of that library: i_t has D real numbers, theta is 0, the norm is RMSNorm, and there are no biases.
 
-Shape letters: B batch, T time, D width, E width of input and output gate (2 D complex, D real).
+`variant=expand2` is the control of HGRN2's language models, in which the state grows with the projections: real, 2 D channels in input,
+forget gate, output gate and state, out = W LayerNorm(h_t * sigmoid(W_g x_t)), 8 D^2 weights. Channel j + D shares the lower bound of j.
+
+Shape letters: B batch, T time, D width, S channels of the state, E width of input and output gate (2 S complex, S real).
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,11 +27,11 @@ from hgrn2_bench.interfaces import Context, Mixer, MixerSpec
 from hgrn2_bench.layers import ForgetGate, LayerNorm, RMSNorm, ShortConv, conv_buffers, split_heads
 from hgrn2_bench.ops.families import DiagonalInputs
 
-VARIANTS = ("paper", "fla")
+VARIANTS = ("paper", "fla", "expand2")
 
 
 class HGRN1(Mixer):
-    """Both layers (Doraemonzzz/hgru-pytorch, hgru/hgru1d.py; fla, layers/hgrn.py).
+    """The layers (Doraemonzzz/hgru-pytorch, hgru/hgru1d.py; fla, layers/hgrn.py; Doraemonzzz/hgru2-pytorch names the control's class only).
 
     `forget_bias` raises the bias of W_f. Where there is none, or a convolution follows, the gate gets a learned bias when it is not 0.
     """
@@ -38,23 +42,24 @@ class HGRN1(Mixer):
     family: ClassVar[str] = "diagonal_scan"
     position_free: ClassVar[bool] = True
 
-    variant: Literal["paper", "fla"] = "paper"
+    variant: Literal["paper", "fla", "expand2"] = "paper"
 
     def __init__(self, spec: MixerSpec) -> None:
         super().__init__(spec)
         if self.variant not in VARIANTS:
             raise unknown("variant", self.variant, VARIANTS)
-        D, self.complex = spec.d_model, self.variant == "paper"
-        E = 2 * D if self.complex else D
-        self.widths = (E, D)
-        self.in_proj = nn.Linear(D, E + D, bias=self.complex)
+        D, self.complex, self.biased = spec.d_model, self.variant == "paper", self.variant != "fla"
+        S = self.channels = 2 * D if self.variant == "expand2" else D
+        E = 2 * S if self.complex else S
+        self.widths = (E, S)
+        self.in_proj = nn.Linear(D, E + S, bias=self.biased)
         if spec.conv:
-            self.conv_i, self.conv_f = ShortConv(E, spec.conv, "conv_i"), ShortConv(D, spec.conv, "conv_f")
-        self.forget_gate = ForgetGate(spec, self.complex)
+            self.conv_i, self.conv_f = ShortConv(E, spec.conv, "conv_i"), ShortConv(S, spec.conv, "conv_f")
+        self.forget_gate = ForgetGate(replace(spec, d_model=S), self.biased)
         self.theta = nn.Parameter(10_000.0 ** (-2 * torch.arange(D) / D)) if self.complex else None
-        self.gate_proj = nn.Linear(D, E, bias=self.complex)
-        self.norm = LayerNorm(E) if self.complex else RMSNorm(E, eps=1e-5)
-        self.out_proj = nn.Linear(E, D, bias=self.complex)
+        self.gate_proj = nn.Linear(D, E, bias=self.biased)
+        self.norm = LayerNorm(E) if self.biased else RMSNorm(E, eps=1e-5)
+        self.out_proj = nn.Linear(E, D, bias=self.biased)
         self.init_forget_bias()
 
     def init_forget_bias(self) -> None:
@@ -74,29 +79,33 @@ class HGRN1(Mixer):
         return DiagonalInputs(x_BTD=i_BTD * rest_BTD, log_a_BTD=log_f_BTD, theta=self.theta)
 
     def readout(self, o: Tensor, x_BTD: Tensor) -> Tensor:
-        """Norm over the full width, swish gate, output projection."""
-        o_BTE = torch.cat([o.real, o.imag], -1) if self.complex else o
-        out_BTD: Tensor = self.out_proj(self.norm(o_BTE.to(self.out_proj.weight.dtype)) * F.silu(self.gate_proj(x_BTD)))
+        """Norm over the full width, swish gate, output projection; of the control the sigmoid gate comes before the norm."""
+        o_BTE = (torch.cat([o.real, o.imag], -1) if self.complex else o).to(self.out_proj.weight.dtype)
+        if self.variant == "expand2":
+            mixed_BTE = self.norm(o_BTE * torch.sigmoid(self.gate_proj(x_BTD)))
+        else:
+            mixed_BTE = self.norm(o_BTE) * F.silu(self.gate_proj(x_BTD))
+        out_BTD: Tensor = self.out_proj(mixed_BTE)
         return out_BTD
 
     def state_size(self, seq_len: int, itemsize: int = 4) -> int:
-        """D numbers, complex (8 bytes) or real (4), whatever the length, and the convolution buffers."""
-        return (8 if self.complex else 4) * self.spec.d_model + itemsize * conv_buffers(self)
+        """S numbers, complex (8 bytes) or real (4), whatever the length, and the convolution buffers."""
+        return (8 if self.complex else 4) * self.channels + itemsize * conv_buffers(self)
 
     def op_flops(self, seq_len: int) -> float:
         """One multiplication and one addition per channel: real 2, complex 8."""
-        return (8.0 if self.complex else 2.0) * self.spec.d_model
+        return (8.0 if self.complex else 2.0) * self.channels
 
     def effective(self) -> dict[str, Any]:
         """State, norm and gates as built."""
         return {
             "heads": 1,
-            "state": f"{self.spec.d_model} {'complex' if self.complex else 'real'}",
+            "state": f"{self.channels} {'complex' if self.complex else 'real'}",
             "scale": 1.0,
             "input_activation": "silu",
-            "output_gate": "silu, after the norm",
-            "norm": "LayerNorm" if self.complex else "RMSNorm",
-            "bias": self.complex,
+            "output_gate": "sigmoid, before the norm" if self.variant == "expand2" else "silu, after the norm",
+            "norm": "LayerNorm" if self.biased else "RMSNorm",
+            "bias": self.biased,
             "forget_bias": self.forget_gate.describe(self.in_proj),
             "gate_dtype": "float32",
         }

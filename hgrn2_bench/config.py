@@ -6,6 +6,7 @@ OmegaConf converts each value to the type of its schema field.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,11 @@ def choice(default: str, *others: str) -> Any:
     return field(default=default, metadata={"choices": (default, *others)})
 
 
+def numbers() -> Any:
+    """A field that takes a list of whole numbers, [a,b]."""
+    return field(default=(), metadata={"items": int})
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The model around the mixer; the same for every model of a table unless a protocol says otherwise by name."""
@@ -32,11 +38,23 @@ class ModelConfig:
     lower_bound: str = choice("none", "exclusive", "inclusive")
     channel_mixer: str = choice("none", "identity", "mlp", "glu")
     channel_width: int = 0
-    norm: str = choice("layernorm", "rmsnorm", "batchnorm")
+    glu_activation: str = choice("silu", "none")
+    """On a GLU's gate; `none` as in HGRN2's language models."""
+    glu_bias: bool = True
+    norm: str = choice("layernorm", "rmsnorm", "simple_rmsnorm", "batchnorm")
+    """`simple_rmsnorm` has no weight."""
+    norm_eps: float = 0.0
+    """Added under the root of the block norms; 0 for the usual 1e-5, of `simple_rmsnorm` 1e-6."""
     norm_group: int = 0
     """Of a batch norm: how many sequences share their statistics in training, as on one GPU of several; 0 for the whole batch."""
     tie_embeddings: bool = False
     embed_std: float = 0.02
+    embed_scale: str = choice("none", "sqrt")
+    """`sqrt` multiplies what the embedding gives by the root of `d_model`, before positions."""
+    softmax: str = choice("full", "adaptive")
+    """Of language models: `adaptive` splits the vocabulary by frequency into a head and tails (see `hgrn2_bench.adaptive`)."""
+    cutoffs: tuple = numbers()
+    """Of an adaptive softmax: where each cluster but the last ends, in ranks of frequency; none: an eighth and half of the vocabulary."""
     embed_dropout: float = 0.0
     dropout: float = 0.0
     channel_dropout: float = 0.0
@@ -46,6 +64,8 @@ class ModelConfig:
     """The orders in which mixers read: see `hgrn2_bench.directions`."""
     first_layer: str = "none"
     """A registered model whose mixer takes layer 0 of every model, or `none`."""
+    recompute: bool = False
+    """In training keep only each block's input and compute the block again for its gradient: less memory, more time, the same numbers."""
 
     def __post_init__(self) -> None:
         require(1 <= self.d_model <= MAX_WIDTH, f"d_model={self.d_model} must be at least 1 and at most {MAX_WIDTH}")
@@ -62,12 +82,30 @@ class ModelConfig:
         require(
             glu or not self.channel_dropout, f"channel_dropout={self.channel_dropout} has no effect with channel_mixer={self.channel_mixer}"
         )
-        require(self.norm_group >= 0, f"norm_group={self.norm_group} must be 0 (the whole batch) or positive")
-        require(self.norm == "batchnorm" or not self.norm_group, f"norm_group={self.norm_group} has no effect with norm={self.norm}")
+        for name in ("glu_activation", "glu_bias"):
+            value, usual = getattr(self, name), getattr(ModelConfig, name)
+            require(glu or value == usual, f"{name}={value} has no effect with channel_mixer={self.channel_mixer}")
+        self._check_norm()
+        self._check_softmax()
         require(self.embed_std > 0, f"embed_std={self.embed_std} must be positive")
         one = self.first_layer != "none" and self.num_layers == 1
         require(not one, f"first_layer={self.first_layer} would be the only layer: num_layers must be at least 2")
         require(self.positions != "sinusoid" or self.d_model % 2 == 0, f"positions=sinusoid needs an even d_model, not {self.d_model}")
+
+    def _check_norm(self) -> None:
+        batch = self.norm == "batchnorm"
+        require(self.norm_group >= 0, f"norm_group={self.norm_group} must be 0 (the whole batch) or positive")
+        require(batch or not self.norm_group, f"norm_group={self.norm_group} has no effect with norm={self.norm}")
+        require(0 <= self.norm_eps < 1, f"norm_eps={self.norm_eps} must be 0 (the usual one) or positive, and less than 1")
+        require(not (batch and self.norm_eps), f"norm_eps={self.norm_eps} has no effect with norm=batchnorm")
+        require(not (batch and self.recompute), "recompute=true would count every batch twice in the running statistics of norm=batchnorm")
+
+    def _check_softmax(self) -> None:
+        object.__setattr__(self, "cutoffs", tuple(self.cutoffs))  # JSON gives a list
+        shown = f"cutoffs=[{','.join(map(str, self.cutoffs))}]"
+        require(self.softmax == "adaptive" or not self.cutoffs, f"{shown} has no effect with softmax={self.softmax}")
+        rising = all(one < other for one, other in itertools.pairwise((0, *self.cutoffs)))
+        require(rising, f"{shown} must be whole numbers above 0, each greater than the one before")
 
 
 @dataclass(frozen=True)
@@ -172,9 +210,9 @@ class Word:
         """The key as typed."""
         return f"{self.owner}.{self.key}" if self.owner else self.key
 
-    def check_list(self, schema: type | None) -> None:
-        """ConfigError where a value is a bracketed list and the key is no setting of `schema` that takes one."""
-        takes = schema is not None and any(f.name == self.key and f.type is tuple for f in dataclasses.fields(schema))
+    def check_list(self, *schemas: type) -> None:
+        """ConfigError where a value is a bracketed list and the key is no setting of the schemas that takes one."""
+        takes = any(f.name == self.key and f.type is tuple for schema in schemas for f in dataclasses.fields(schema))
         if not takes and any(isinstance(value, tuple) for value in self.values):
             raise ConfigError(f"{self.text!r}: a sweep is written without brackets, {self.name}=a,b")
 
@@ -198,7 +236,7 @@ def parse_words(words: Iterable[str]) -> list[Word]:
         plain = not (override.is_delete() or override.is_add() or override.is_force_add() or override.package)
         parsed.append(Word(text, owner, key, _values(override, text) if plain else (), plain))
         if not owner:
-            parsed[-1].check_list(None)
+            parsed[-1].check_list(ModelConfig)
     return parsed
 
 
@@ -251,7 +289,7 @@ def convert(schema: type, key: str, value: Any, shown: str) -> Any:
 
     spec = {f.name: f for f in dataclasses.fields(schema)}[key]
     if spec.type is tuple:
-        return _words(value, shown)
+        return _items(value, shown, spec.metadata.get("items", str))
     single = dataclasses.make_dataclass("Single", [(key, spec.type, field(default=spec.default))])
     config = OmegaConf.structured(single)
     try:
@@ -269,12 +307,13 @@ def convert(schema: type, key: str, value: Any, shown: str) -> Any:
     return result
 
 
-def _words(value: Any, shown: str) -> tuple[str, ...]:
-    """A list of words; one word alone is a list of one."""
-    words = value if isinstance(value, tuple) else (value,)
-    if not all(isinstance(word, str) for word in words):
-        raise ConfigError(f"{shown}={'null' if value is None else list(words)}: expected {type_name(tuple)}")
-    return words
+def _items(value: Any, shown: str, kind: type) -> tuple[Any, ...]:
+    """A list of words or of whole numbers; one alone is a list of one."""
+    items = value if isinstance(value, tuple) else (value,)
+    if not all(type(item) is kind for item in items):
+        expected = type_name(tuple) if kind is str else "a list of whole numbers [1,2]"
+        raise ConfigError(f"{shown}={'null' if value is None else list(items)}: expected {expected}")
+    return items
 
 
 def type_name(annotation: Any) -> str:

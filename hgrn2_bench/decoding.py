@@ -142,7 +142,7 @@ class Decoder:
         """One step from the buffers into the buffers; logits (B, V)."""
         table_PD, carry, tables = self.model.position_table(), dict[str, Tensor](), dict[str, Tensor]()
         with self._autocast():
-            x_BD = self.model.embedding(self.tokens_B)
+            x_BD = self.model.embedded(self.tokens_B)
             if table_PD is not None:
                 x_BD = x_BD + table_PD.index_select(0, self.position)
             for layer, block in enumerate(self.blocks):

@@ -197,11 +197,17 @@ class ForgetGate(nn.Module):
         self.bias = nn.Parameter(torch.zeros(spec.d_model)) if own else None
 
     def forward(self, logit_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Both results in float32 or wider; the bound is this layer's row of the model's `lower_bound` (num_layers, D)."""
+        """Both results in float32 or wider; the bound is this layer's row of the model's `lower_bound` (num_layers, D).
+
+        Where the gate is a multiple of that wide, it holds for each D of its channels.
+        """
         if self.bias is not None:
             logit_BTD = logit_BTD + self.bias
         bound_LD = ctx.shared.get("lower_bound")
-        return forget_gate(logit_BTD, None if bound_LD is None else bound_LD[self.spec.layer])
+        if bound_LD is None:
+            return forget_gate(logit_BTD, None)
+        bound_D, repeats = bound_LD[self.spec.layer], self.spec.d_model // bound_LD.shape[1]
+        return forget_gate(logit_BTD, bound_D.repeat(repeats) if repeats > 1 else bound_D)
 
     @torch.no_grad()
     def init_bias(self, projection: nn.Linear) -> None:

@@ -187,7 +187,20 @@ def _join(parts: list[tuple[dict[int, str], list[Run]]], hashes: dict[int, str],
     parts.append((dict(hashes), list(runs)))
 
 
-LATER_SETTINGS: dict[str, Any] = {"scan": "causal", "norm_group": 0, "channel_dropout": 0.0, "warmup_steps": 0, "schedule_steps": 0}
+LATER_SETTINGS: dict[str, Any] = {
+    "scan": "causal",
+    "norm_group": 0,
+    "channel_dropout": 0.0,
+    "warmup_steps": 0,
+    "schedule_steps": 0,
+    "glu_activation": "silu",
+    "glu_bias": True,
+    "norm_eps": 0.0,
+    "embed_scale": "none",
+    "softmax": "full",
+    "cutoffs": [],
+    "recompute": False,
+}
 """Settings that came after the first rows, with what rows without them ran with: one line may hold both kinds."""
 
 

@@ -32,10 +32,11 @@ def train_flops_per_token(model: Backbone, seq_len: int, labels_per_token: float
     """Training FLOPs per token, three times the forward pass; None where a plain module's own work cannot be known.
 
     Forward: 2 per weight of every matrix as often as it is applied to each token (the head only where there are labels), plus each
-    mixer's recurrence in its recurrent form (`Mixer.op_flops`), once for every scan; norms and activations are left out.
+    mixer's recurrence in its recurrent form (`Mixer.op_flops`), once for every scan; norms and activations are left out. An adaptive
+    softmax counts whole, which is more than it takes.
     """
     matrices = matrix_weights(model.blocks) + sum(repeated_weights(m) for m in model.mixers)
-    head = matrix_weights(model.head) * labels_per_token
+    head = getattr(model.head, "matrix_weights", matrix_weights(model.head)) * labels_per_token
     recurrences = [(m.op_flops(seq_len), directions.scans(m)) for m in model.mixers]
     known = [flops * scans for flops, scans in recurrences if flops is not None]
     return 3 * (2 * (matrices + head) + sum(known)) if len(known) == len(recurrences) else None

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from hgrn2_bench import registry
 from hgrn2_bench.config import ModelConfig
-from hgrn2_bench.interfaces import Context, Mixer, MixerSpec
-from hgrn2_bench.layers import BatchNorm, FollowsBackend, LayerNorm, RMSNorm
+from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, Recomputing
+from hgrn2_bench.layers import ACTIVATIONS, BatchNorm, FollowsBackend, LayerNorm, RMSNorm
 
 
 def mixer_spec(config: ModelConfig, layer: int, backend: str, settings: Mapping[str, Any], max_len: int) -> MixerSpec:
@@ -46,16 +48,17 @@ def _name(mixer: type[Mixer]) -> str:
 
 
 class GLU(nn.Module):
-    """Gated linear unit, W3(silu(W1 x) * W2 x) with biases, (..., D) -> (..., D) (arXiv 2002.05202, as in HGRN2's code)."""
+    """Gated linear unit, W3(act(W1 x) * W2 x), (..., D) -> (..., D), the activation SiLU or none (arXiv 2002.05202, as in HGRN2's code)."""
 
-    def __init__(self, d_model: int, width: int, dropout: float = 0.0) -> None:
+    def __init__(self, d_model: int, width: int, dropout: float = 0.0, activation: str = "silu", bias: bool = True) -> None:
         super().__init__()
-        self.gate, self.up, self.down = nn.Linear(d_model, width), nn.Linear(d_model, width), nn.Linear(width, d_model)
-        self.dropout = nn.Dropout(dropout)
+        self.gate, self.up = nn.Linear(d_model, width, bias), nn.Linear(d_model, width, bias)
+        self.down = nn.Linear(width, d_model, bias)
+        self.dropout, self.activation = nn.Dropout(dropout), activation
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the unit."""
-        return self.down(self.dropout(F.silu(self.gate(x)) * self.up(x)))
+        return self.down(self.dropout(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)))
 
 
 class MLP(nn.Module):
@@ -80,7 +83,8 @@ def channel_mixer(config: ModelConfig) -> nn.Module | None:
     if config.channel_mixer == "mlp":
         return MLP(d, config.channel_width or 4 * d)
     if config.channel_mixer == "glu":
-        return GLU(d, config.channel_width or 8 * math.ceil(d / 3), config.channel_dropout)
+        width = config.channel_width or 8 * math.ceil(d / 3)
+        return GLU(d, width, config.channel_dropout, config.glu_activation, config.glu_bias)
     return nn.Identity() if config.channel_mixer == "identity" else None
 
 
@@ -88,7 +92,11 @@ def make_norm(config: ModelConfig) -> nn.Module:
     """The norm that the protocol uses before every mixer and before the head."""
     if config.norm == "batchnorm":
         return BatchNorm(config.d_model, config.norm_group)
-    return LayerNorm(config.d_model) if config.norm == "layernorm" else RMSNorm(config.d_model, eps=1e-5)
+    if config.norm == "layernorm":
+        return LayerNorm(config.d_model, eps=config.norm_eps or 1e-5)
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.d_model, eps=config.norm_eps or 1e-5)
+    return RMSNorm(config.d_model, eps=config.norm_eps or 1e-6, elementwise_affine=False)  # 1e-6: SimpleRMSNorm of hgru2-pytorch
 
 
 def normed(norm: nn.Module, x: Tensor, lengths_B: Tensor | None) -> Tensor:
@@ -121,6 +129,19 @@ class Block(nn.Module):
         if self.channel is not None and self.channel_norm is not None:
             x = x + self.dropout(self.channel(normed(self.channel_norm, x, lengths_B)))
         return x
+
+
+def recomputed(block: nn.Module, x_BTD: Tensor, ctx: Context) -> Tensor:
+    """`block(x, ctx)` of which only the input is kept; the gradient computes it again, with the same dropout."""
+    # reading the generator's state cannot be recorded in a CUDA graph, so it is kept only where it may be needed
+    y_BTD: Tensor = checkpoint(block, x_BTD, ctx, use_reentrant=False, preserve_rng_state=may_drop(block))
+    return y_BTD
+
+
+def may_drop(block: nn.Module) -> bool:
+    """Whether a block has dropout, or a plain module of which nothing is known."""
+    rates = [m.p if isinstance(m, nn.Dropout) else getattr(m, "dropout", 0.0) for m in block.modules()]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates) or any(isinstance(m, Recomputing) for m in block.modules())
 
 
 def sinusoid(max_len: int, d_model: int) -> Tensor:
@@ -192,17 +213,23 @@ class Backbone(nn.Module):
         carry: dict[str, Any] = {}
         tables: dict[str, Any] = {}
         for block in self.blocks:
-            x_BTD = block(x_BTD, Context(shared=shared, carry=carry, tables=tables, lengths_B=lengths_B, grid=self.grid))
+            ctx = Context(shared=shared, carry=carry, tables=tables, lengths_B=lengths_B, grid=self.grid)
+            x_BTD = recomputed(block, x_BTD, ctx) if self.config.recompute and torch.is_grad_enabled() else block(x_BTD, ctx)
         return normed(self.norm, x_BTD, lengths_B)
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Embedded inputs with their positions from 0 on, (B, T, D). ValueError where the table of positions has fewer."""
-        x_BTD, table_PD, T = self.embedding(inputs), self.position_table(), inputs.shape[1]
+        x_BTD, table_PD, T = self.embedded(inputs), self.position_table(), inputs.shape[1]
         if table_PD is not None:
             if len(table_PD) < T:
                 raise ValueError(f"{T} tokens, but positions={self.config.positions} knows only {len(table_PD)}")
             x_BTD = x_BTD + table_PD[:T]
         return self.embed_dropout(x_BTD)
+
+    def embedded(self, inputs: Tensor) -> Tensor:
+        """Embedded inputs without positions, scaled as `embed_scale` says; any shape (...) to (..., D)."""
+        x: Tensor = self.embedding(inputs)
+        return x * math.sqrt(self.config.d_model) if self.config.embed_scale == "sqrt" else x
 
     def position_table(self) -> Tensor | None:
         """What is added to the embedding at each position, (P, D); None without such a table."""
@@ -236,16 +263,22 @@ class SequenceModel(Backbone):
     """Token ids (B, T) to logits at chosen positions (M, V)."""
 
     embedding: nn.Embedding
-    head: nn.Linear
 
     def __init__(
         self, config: ModelConfig, mixer: type[Mixer], settings: Mapping[str, Any], backend: str, vocab_size: int, max_len: int
     ) -> None:
         D = config.d_model
-        ends = Ends(lambda: nn.Embedding(vocab_size, D), lambda: nn.Linear(D, vocab_size, bias=False))
+        self.vocab_size, self.max_len = vocab_size, max_len
+        ends = Ends(lambda: nn.Embedding(vocab_size, D), lambda: self._make_head(config))
         super().__init__(config, mixer, settings, backend, max_len, ends)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+
+    def _make_head(self, config: ModelConfig) -> nn.Module:
+        """The head, untied. ConfigError for an adaptive softmax, which only language models have."""
+        if config.softmax != "full":
+            raise ConfigError(f"softmax={config.softmax} needs a suite of language models")
+        return nn.Linear(config.d_model, self.vocab_size, bias=False)
 
     def probe(self, B: int, T: int, labels: int) -> Tensor:
         """The loss at the first `labels` positions of a batch of random tokens."""

@@ -251,7 +251,7 @@ def _check_names(parsed: Sequence[Word], protocol: Protocol, chosen: Sequence[re
             raise ConfigError(f"{word.text!r} has no effect on suite={protocol.name}")
         if not word.plain:
             raise ConfigError(f"{word.text!r}: {NO_SIGNS.format(word.name)}")
-        word.check_list(models[word.owner].settings if word.owner else None)
+        word.check_list(*([models[word.owner].settings] if word.owner else []), ModelConfig)
         if word.owner and word.key in MATCH_KEYS and word.key not in own[word.owner]:
             raise ConfigError(f"{word.text!r}: a match holds for all models of a run; write {word.key}=value")
 

@@ -277,9 +277,21 @@ def loss_errors(vocab_size: int, dtype: torch.dtype = torch.float32, device: str
     return {name: ((wide(b) - a).norm() / a.norm()).item() for name, (a, b) in pairs.items()}
 
 
+def linear_loss_errors(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, float]:
+    """The same of the mean cross-entropy of 40 rows under a head of 100 words: the loss, its gradient for the rows and for the head."""
+    torch.manual_seed(0)
+    x_MD, weight_VD = torch.randn(40, 24).to(device, dtype), torch.randn(100, 24).to(device, dtype)
+    labels_M = torch.randint(100, (40,), device=device)
+    exact, given = [leaf(wide(x_MD)), leaf(wide(weight_VD))], [leaf(x_MD), leaf(weight_VD)]
+    want, got = F.cross_entropy(F.linear(*exact), labels_M), adapter.linear_cross_entropy(*given, labels_M)
+    wants, gots = ([loss.detach(), *torch.autograd.grad(2 * loss, leaves)] for loss, leaves in ((want, exact), (got, given)))
+    return {name: ((wide(b) - a).norm() / a.norm()).item() for name, a, b in zip(("y", "dx", "dweight"), wants, gots, strict=True)}
+
+
 LAYER_CASES: dict[str, Callable[[], dict[str, float]]] = {
     **{f"{name} {dtype}": partial(layer_errors, name, dtype) for name in LAYERS for dtype in (torch.float32, torch.float16)},
     **{f"{name} continued": partial(layer_errors, name, start=True) for name in LAYERS if name.startswith("conv")},
+    **{f"linear loss {dtype}": partial(linear_loss_errors, dtype) for dtype in (torch.float32, torch.float16)},
     **{f"loss over {size} {dtype}": partial(loss_errors, size, dtype) for size in (50, 8192) for dtype in (torch.float32, torch.float16)},
 }
 
@@ -337,7 +349,12 @@ def load_kernels() -> None:
     """Import every fla module that the adapter and the layers use."""
     for module, _ in adapter._KERNELS.values():
         importlib.import_module(module)
-    for module in ("fla.modules.norm.layernorm", "fla.modules.causal_conv1d.ops", "fla.modules.fused_cross_entropy"):
+    for module in (
+        "fla.modules.norm.layernorm",
+        "fla.modules.causal_conv1d.ops",
+        "fla.modules.fused_cross_entropy",
+        "fla.modules.fused_linear_cross_entropy",
+    ):
         importlib.import_module(module)
 
 

@@ -312,6 +312,20 @@ def causal_conv(x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor | None) -> Tens
     return y_BTD
 
 
+def linear_cross_entropy(x_MD: Tensor, weight_VD: Tensor, labels_M: Tensor) -> Tensor:
+    """Mean cross-entropy in fp32 of the logits x W^T, which exist a chunk of rows at a time; gradients are made in the forward pass.
+
+    Under autocast both are cast here, where autograd casts their gradients back: the kernel would multiply fp32 weights in fp32. It sums
+    the weight's gradient over its at most 8 chunks in their type; fp32 sums would need fp32 copies of the logits, and fp32 products.
+    """
+    if torch.is_autocast_enabled(x_MD.device.type):
+        half = torch.get_autocast_dtype(x_MD.device.type)
+        x_MD, weight_VD = x_MD.to(half), weight_VD.to(half)
+    loss = _function("fla.modules.fused_linear_cross_entropy", "fused_linear_cross_entropy_loss")
+    mean: Tensor = loss(x_MD, labels_M, weight_VD, accumulate_grad_in_fp32=weight_VD.dtype == torch.float32)
+    return mean
+
+
 def cross_entropy(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
     """Mean cross-entropy in fp32 of logits in any dtype, whose memory its backward takes for their gradient: they cannot be used after."""
     losses_M, _ = _function("fla.modules.fused_cross_entropy", "cross_entropy_loss")(logits_MV, labels_M, inplace_backward=True)

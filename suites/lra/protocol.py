@@ -141,7 +141,7 @@ PROTOCOL = Protocol(
     fingerprint=fingerprint,
     presets=PRESETS,
     budget=("train_examples", "scan", "norm", "colour", "augment", "validation", "mask_padding"),
-    idle=("fingerprint",),
+    idle=("fingerprint", "softmax", "cutoffs"),
     averaged=("dataset", DATASETS),
     figures=(
         Figure("lr", "accuracy against learning rate", x="lr", x_label="learning rate", metric="accuracy", log_x=10, joined=("lr",)),

@@ -310,7 +310,7 @@ class Runner:
             return Measured([held, *self._peak()], None, 0.0, None, details)
         self._cold(call, max(1, decoder.warm_steps - 1))
         timed = self._timed([call])
-        weights = sum(p.nbytes for p in model.blocks.parameters()) + model.head.weight.nbytes
+        weights = sum(p.nbytes for part in (model.blocks, model.head) for p in part.parameters())
         flops = measure.train_flops_per_token(model, 2 * config.seq_len - 1)  # attention counts the mean context: here all of it
         moved = weights + decoder.state_bytes * (1 if decoder.bucket else 2)  # a cache is read; a recurrent state is written too
         details |= {"mode": decoder.mode} | self._account(timed, flops and flops / 3 * B, moved)

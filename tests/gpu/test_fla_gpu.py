@@ -17,6 +17,7 @@ from fla_cases import (
     diagonal_case,
     errors,
     layer_errors,
+    linear_loss_errors,
     loss_errors,
     low_rank_case,
     results,
@@ -172,6 +173,12 @@ def test_cross_entropy_matches_torch(vocab_size: int, dtype: torch.dtype) -> Non
     found = loss_errors(vocab_size, dtype, device="cuda")
     tolerance = 1e-5 if dtype == torch.float32 else TOLERANCES[dtype]
     assert all(error < tolerance for error in found.values()), found
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_linear_cross_entropy_matches_torch(dtype: torch.dtype) -> None:
+    found = linear_loss_errors(dtype, device="cuda")
+    assert all(error < TOLERANCES[dtype] for error in found.values()), found
 
 
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.startswith("conv")])

@@ -22,7 +22,7 @@ from suites.mqar.protocol import MQARConfig
 
 SCHEMAS = (ModelConfig, TrainConfig, CellConfig, MQARConfig)
 FIELDS = [(schema, field) for schema in SCHEMAS for field in dataclasses.fields(schema)]
-KINDS = {kind: [(s, f) for s, f in FIELDS if f.type is kind and not f.metadata.get("choices")] for kind in (int, float, bool, str)}
+KINDS = {kind: [(s, f) for s, f in FIELDS if f.type is kind and not f.metadata.get("choices")] for kind in (int, float, bool, str, tuple)}
 CHOICES = [(s, f) for s, f in FIELDS if f.metadata.get("choices")]
 
 
@@ -177,6 +177,21 @@ def test_convert_takes_words(schema, field):
         refusal(convert, schema, field.name, bad, field.name)
 
 
+@pytest.mark.parametrize(("schema", "field"), KINDS[tuple], ids=key)
+def test_convert_takes_lists_of_whole_numbers(schema, field):
+    assert convert(schema, field.name, (20, 60), field.name) == (20, 60)
+    assert convert(schema, field.name, 20, field.name) == (20,)
+    assert convert(schema, field.name, (), field.name) == ()
+    for bad in ("20", 1.5, None, True, (20, "a"), (20, True)):
+        assert "expected a list of whole numbers [1,2]" in refusal(convert, schema, field.name, bad, field.name)
+
+
+def test_plain_lists_are_read_where_the_key_takes_one():
+    (word,) = parse_words(["cutoffs=[20,60],[30]"])
+    assert word.values == ((20, 60), (30,))
+    assert "a sweep is written without brackets" in refusal(parse_words, ["d_model=[20,60]"])
+
+
 @pytest.mark.parametrize(("schema", "field"), CHOICES, ids=key)
 def test_convert_takes_only_the_choices(schema, field):
     choices = field.metadata["choices"]
@@ -219,7 +234,7 @@ def test_convert_takes_only_words_in_a_list(value, shown):
 
 
 @pytest.mark.parametrize(
-    ("text", "schema"), [("m.ratio=[a,b]", Own), ("m.other=[a]", Own), ("m.layers=[a]", ModelConfig), ("m.layers=a,[b]", None)]
+    ("text", "schema"), [("m.ratio=[a,b]", Own), ("m.other=[a]", Own), ("m.layers=[a]", ModelConfig), ("m.layers=a,[b]", ModelConfig)]
 )
 def test_lists_are_refused_where_the_key_takes_none(text, schema):
     (word,) = parse_words([text])

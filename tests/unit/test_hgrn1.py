@@ -49,7 +49,21 @@ def real_equations(mixer: HGRN1, x_TD: Tensor, bound_D: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize(("variant", "equations"), [("paper", complex_equations), ("fla", real_equations)])
+def control_equations(mixer: HGRN1, x_TD: Tensor, bound_D: Tensor) -> Tensor:
+    """Twice as many real channels, of which j and j + D share a bound; the sigmoid gate comes before the norm."""
+    bound, h, outputs = torch.cat([bound_D, bound_D]), torch.zeros(2 * D).double(), []
+    for x_D in x_TD:
+        z = mixer.in_proj.weight @ x_D + mixer.in_proj.bias
+        f = bound + (1 - bound) / (1 + (-z[2 * D :]).exp())
+        h = f * h + (1 - f) * silu(z[: 2 * D])
+        o = h / (1 + (-(mixer.gate_proj.weight @ x_D) - mixer.gate_proj.bias).exp())
+        centred = o - o.mean()
+        o = centred / ((centred**2).mean() + 1e-5).sqrt() * mixer.norm.weight + mixer.norm.bias
+        outputs.append(mixer.out_proj.weight @ o + mixer.out_proj.bias)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(("variant", "equations"), [("paper", complex_equations), ("fla", real_equations), ("expand2", control_equations)])
 @pytest.mark.parametrize("layer", [None, 0, 1])
 def test_layer_equals_the_equations(variant: str, equations: Any, layer: int | None) -> None:
     mixer = build(variant, layer=layer or 0).double()
@@ -75,6 +89,8 @@ def test_theta_starts_on_the_published_spiral() -> None:
         ("paper", 0, 0.0, lambda d: 7 * d * d + 6 * d + 4 * d + d),  # weights, biases, norm, theta
         ("paper", 0, 3.0, lambda d: 7 * d * d + 6 * d + 4 * d + d),
         ("paper", 4, 3.0, lambda d: 7 * d * d + 6 * d + 4 * d + d + 4 * 3 * d + d),
+        ("expand2", 0, 0.0, lambda d: 8 * d * d + 7 * d + 4 * d),
+        ("expand2", 4, 3.0, lambda d: 8 * d * d + 7 * d + 4 * d + 4 * 4 * d + 2 * d),
         ("fla", 0, 0.0, lambda d: 4 * d * d + d),
         ("fla", 0, 3.0, lambda d: 4 * d * d + d + d),
         ("fla", 4, 0.0, lambda d: 4 * d * d + d + 4 * 2 * d),
@@ -94,7 +110,8 @@ def test_forget_bias_moves_the_median_gate_to_its_sigmoid(variant: str, conv: in
 
 
 @pytest.mark.parametrize(
-    ("variant", "state", "buffers", "flops"), [("paper", 8 * 64, 3 * 3 * 64, 8 * 64), ("fla", 4 * 64, 3 * 2 * 64, 2 * 64)]
+    ("variant", "state", "buffers", "flops"),
+    [("paper", 8 * 64, 3 * 3 * 64, 8 * 64), ("fla", 4 * 64, 3 * 2 * 64, 2 * 64), ("expand2", 8 * 64, 3 * 4 * 64, 4 * 64)],
 )
 def test_state_and_flops_by_formula(variant: str, state: int, buffers: int, flops: int) -> None:
     mixer = build(variant, 64, conv=4)

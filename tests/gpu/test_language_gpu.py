@@ -1,0 +1,76 @@
+"""Language models on the GPU: fla's fused loss beside the chunked one, its memory, a step in a CUDA graph, states carried."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from hgrn2_bench import checkpoints, fla_models, registry
+from hgrn2_bench.config import ModelConfig
+from hgrn2_bench.language import LanguageModel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(find_spec("fla") is None, reason="needs flash-linear-attention"),
+    pytest.mark.filterwarnings("ignore"),  # fla and Triton warn about themselves
+    pytest.mark.usefixtures("no_tuning"),
+]
+
+V, T = 5000, 128
+CONFIG = ModelConfig(
+    d_model=64, num_layers=2, lower_bound="inclusive", channel_mixer="glu", glu_activation="none", tie_embeddings=True, embed_scale="sqrt"
+)
+
+
+def build(backend: str, vocab_size: int = V) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(CONFIG, registry.load("hgrn2"), {"expand_ratio": 32}, backend, vocab_size, T).cuda()
+
+
+def batch(vocab_size: int = V, B: int = 4) -> torch.Tensor:
+    return torch.randint(vocab_size, (2, B, T), generator=torch.Generator().manual_seed(1)).cuda()
+
+
+@pytest.mark.parametrize(("half", "tolerance"), [(False, 1e-2), (True, 5e-2)])
+def test_fused_and_chunked_loss_agree_with_their_gradients(half: bool, tolerance: float) -> None:
+    results = []
+    for backend in ("chunked", "fla"):
+        model = build(backend)
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            loss = model.loss(*batch())
+        assert loss.dtype == torch.float32
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for want, got in zip(*results, strict=True):
+        assert got.dtype == torch.float32
+        assert ((got - want).norm() / want.norm()).item() < tolerance
+
+
+def test_the_fused_loss_makes_no_tensor_of_all_logits() -> None:
+    model, (inputs, targets) = build("fla", 50_264), batch(50_264, B=64)
+    with torch.autocast("cuda", torch.bfloat16):
+        model.loss(inputs, targets).backward()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model.loss(inputs, targets).backward()
+    assert torch.cuda.max_memory_allocated() - before < inputs.numel() * 50_264  # bytes: half of what all logits take in bfloat16
+
+
+def test_a_folder_of_fla_s_runs_on_its_kernels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    words = {"channel_mixer": "glu", "glu_bias": False, "norm": "rmsnorm", "lower_bound": "inclusive", "embed_std": 1.0}
+    config, (inputs, targets) = ModelConfig(d_model=64, num_layers=2, **words), batch(50)
+    made = LanguageModel(config, registry.load("hgrn2"), {"variant": "fla", "expand_ratio": 32}, "chunked", 50, T)
+    fla_models.save(made, tmp_path / "model")
+    got, _ = checkpoints.load(tmp_path / "model", "fla", "cuda").losses(inputs, targets)
+    want, _ = checkpoints.load(tmp_path / "model").losses(inputs.cpu(), targets.cpu())
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-2, atol=1e-2)
+
+
+def test_states_carry_on_fla() -> None:
+    model, (inputs, targets) = build("fla").eval(), batch()
+    whole, _ = model.losses(inputs, targets)
+    first, states = model.losses(inputs[:, :70], targets[:, :70], return_states=True)
+    rest, _ = model.losses(inputs[:, 70:], targets[:, 70:], states)
+    torch.testing.assert_close(torch.cat([first, rest], 1), whole, rtol=1e-2, atol=1e-2)

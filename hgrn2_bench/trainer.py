@@ -315,7 +315,8 @@ class Trainer:
         if not self.folder.checkpoint.exists():
             return None
         try:
-            content: dict[str, Any] = torch.load(self.folder.checkpoint, map_location=self.device, weights_only=True)
+            where = self.device if self.world.size == 1 else "cpu"  # whose memory holds what one process of several need not
+            content: dict[str, Any] = torch.load(self.folder.checkpoint, map_location=where, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError) as error:
             print(f"note: {self.folder.checkpoint} is damaged ({type(error).__name__}): the cell starts again", file=sys.stderr)
             return None

@@ -1,8 +1,8 @@
 """A cell's folder: config, status, curve, checkpoint, rows, and its lock beside it.
 
-`<results>/cells/<suite>/<key>/` holds config.json, status.json, metrics.jsonl, checkpoint.pt, rows.jsonl and error.txt; the lock is the
-file `<key>.lock`. The curve is appended to, and cut back to the checkpoint on resume; every other file is replaced whole, so that a kill
-leaves the old one or the new one.
+`<results>/cells/<suite>/<key>/` holds config.json, status.json, metrics.jsonl, checkpoint.pt, rows.jsonl and error.txt, where its suite
+saves trained models also the folder model/; the lock is the file `<key>.lock`. The curve is appended to, and cut back to the checkpoint on
+resume; every other file is replaced whole, so that a kill leaves the old one or the new one.
 """
 
 import contextlib
@@ -54,13 +54,17 @@ def check_results(results: Path) -> None:
 
 
 class CellFolder:
-    """One cell's folder under a results folder. Reading needs no lock; writing does."""
+    """One cell's folder under a results folder. Reading needs no lock; writing does.
 
-    def __init__(self, results: Path, cell: Cell) -> None:
-        self.cell = cell
+    With `writes` False, for all processes of a cell but the first, it only looks as if it wrote.
+    """
+
+    def __init__(self, results: Path, cell: Cell, writes: bool = True) -> None:
+        self.cell, self.writes = cell, writes
         self.path = results / "cells" / cell.suite / cell.key
         self.curve = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoint.pt"
+        self.weights = self.path / "model"
 
     def rows(self) -> list[Row] | None:
         """The rows of a finished cell; None where it is unfinished, or where anything in it is damaged.
@@ -123,26 +127,49 @@ class CellFolder:
             yield remark
 
     def start_over(self) -> None:
-        """Forget results, curve and checkpoint."""
+        """Forget results, curve, checkpoint and trained weights."""
         for name in ("status.json", "rows.jsonl", "metrics.jsonl", "checkpoint.pt", "error.txt"):
-            (self.path / name).unlink(missing_ok=True)
+            self._remove(name)
+        if self.writes:
+            shutil.rmtree(self.weights, ignore_errors=True)
 
     def begin(self) -> None:
         """Mark the cell as running; what an earlier try reached stays noted."""
-        (self.path / "error.txt").unlink(missing_ok=True)
+        self._remove("error.txt")
         self.set_status("running")
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Replace one file of the folder, whole."""
+        if self.writes:
+            replace_file(self.path / name, content)
+
+    def _remove(self, name: str) -> None:
+        if self.writes:
+            (self.path / name).unlink(missing_ok=True)
+
+    def add_to_curve(self, record: dict[str, Any]) -> None:
+        """Append one line to the curve."""
+        if self.writes:
+            with self.curve.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def cut_curve(self, size: int) -> None:
+        """Leave the first `size` bytes of the curve."""
+        if self.writes and self.curve.exists():
+            with self.curve.open("r+b") as file:
+                file.truncate(size)
 
     def set_status(self, outcome: str, **facts: Any) -> None:
         """Record where the cell stands (`running`, `interrupted`, or its outcome), keeping the last checkpoint's step."""
         kept = {key: value for key, value in self.status().items() if key in ("step", "steps")}
-        replace_file(self.path / "status.json", json.dumps({**kept, "outcome": outcome, **facts}))
+        self.write("status.json", json.dumps({**kept, "outcome": outcome, **facts}))
 
     def finish(self, rows: list[Row]) -> None:
         """Write the rows, then the outcome; the checkpoint of a finished cell is no longer needed."""
-        replace_file(self.path / "rows.jsonl", "".join(row.to_json() + "\n" for row in rows))
+        self.write("rows.jsonl", "".join(row.to_json() + "\n" for row in rows))
         self.set_status(rows[0].status, reason=rows[0].reason)
         if rows[0].status in FINAL:
-            self.checkpoint.unlink(missing_ok=True)
+            self._remove(self.checkpoint.name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

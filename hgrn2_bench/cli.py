@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hgrn2_bench import registry
+from hgrn2_bench import distributed, registry
 from hgrn2_bench.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
@@ -45,10 +45,14 @@ def main() -> None:
     try:
         if sys.argv[1:2] != ["doctor"]:  # which tells of it among other things
             registry.check_packages()
+        if distributed.world().size > 1 and sys.argv[1:2] != ["run"]:
+            raise ConfigError(f"torchrun is for `run`: start `{' '.join(sys.argv[1:2])}` without it")
         app()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except distributed.GroupError as error:
+        distributed.leave(error)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class RunOptions:
     force: Annotated[bool, typer.Option("--force", help="Run finished cells again.")] = False
     workers: Annotated[int, typer.Option(help="Worker processes; 0 for one per core (CPU) or per GPU.", min=0)] = 0
     timeout: Annotated[float, typer.Option(help="Seconds that one cell may take; 0 for no limit.", min=0)] = 0
+    track: Annotated[str, typer.Option(help="Mirror training curves: tensorboard or wandb.")] = ""
 
 
 def _spread(command: Callable[[list[str], RunOptions], None]) -> Callable[..., None]:
@@ -83,20 +88,27 @@ def run(
     words: Annotated[list[str], typer.Argument(help="key=value words; a comma is a sweep: suite=mqar model=hgrn2,gla seed=0,1")],
     options: RunOptions,
 ) -> None:
-    """Run a suite: plan, train, evaluate, print the table. Finished cells are not run again."""
-    from hgrn2_bench.executor import LocalExecutor, alone, default_workers
+    """Run a suite: plan, train, evaluate, print the table. Finished cells are not run again.
+
+    Started by torchrun, all its processes work on one cell after another, each on a share of every batch.
+    """
     from hgrn2_bench.matching import announce, resolve
     from hgrn2_bench.plan import make_plan
     from hgrn2_bench.running import Run
+    from hgrn2_bench.together import choose, follow
+    from hgrn2_bench.trackers import check_tracker
 
+    if distributed.world().rank:
+        follow(_device(options.device))
+        return
+    check_tracker(options.track)
     plan = make_plan(words, _device(options.device))
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
-    workers = alone(options.workers) if plan.protocol.speed else options.workers
-    with _stoppable(), LocalExecutor(workers or default_workers(plan.cells[0].device)) as executor:
+    with _stoppable(), choose(plan.cells[0].device, plan.protocol.speed, options.workers) as executor:
         plan, matches = resolve(plan, executor.solve)
         announce(matches, sys.stdout if options.dry_run else sys.stderr)
-        planned = Run(plan, executor, options.results, options.force, options.timeout or None)
+        planned = Run(plan, executor, options.results, options.force, options.timeout or None, options.track)
         if options.dry_run:
             planned.print_plan()
             return

@@ -110,17 +110,26 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The training budget and its optimiser: AdamW, one schedule, one selection rule."""
+    """The training budget and its optimiser: AdamW, one schedule, one selection rule; and how a step is computed."""
 
     lr: float = 1e-3
     weight_decay: float = 0.1
     decay_all: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.999
     batch_size: int = 32
+    """Sequences of one optimiser step, over all micro batches and processes together."""
+    micro_batch: int = 0
+    """Sequences that a process takes through the model at once, their gradients added up; 0: its whole share of the batch."""
     epochs: int = 1
-    schedule: str = choice("cosine", "cosine_epoch", "constant")
+    updates: int = 0
+    """Optimiser steps in place of `epochs`; 0: epochs."""
+    schedule: str = choice("cosine", "cosine_epoch", "constant", "inverse_sqrt")
     warmup: float = 0.0
     warmup_steps: int = 0
     """In place of `warmup`, a share of all steps."""
+    warmup_from: float = 1e-7
+    """Of `inverse_sqrt`: the rate of the first step."""
     schedule_steps: int = 0
     """Where a cosine per step ends, which may be after the last step or before it; 0 for the last step."""
     clip: float = 0.0
@@ -134,6 +143,10 @@ class TrainConfig:
     """Which weights are measured at the end; `both` gives rows of the best ones too, on splits `validation_best` and `test_best`."""
     cuda_graph: bool = True
     """On a GPU: replay the training step as one CUDA graph. Off for debugging, and to see what it saves."""
+    compile_blocks: bool = False
+    """Run the blocks of the model through torch.compile."""
+    parallel: str = choice("ddp", "fsdp")
+    """With several processes: whole weights in each (DDP), or a share of them (FSDP2). Not in a cell's key: its numbers are the same."""
 
     def __post_init__(self) -> None:
         require(0 < self.lr <= MAX_LR, f"lr={self.lr} must be positive and at most {MAX_LR:g}")
@@ -141,12 +154,33 @@ class TrainConfig:
             require(getattr(self, name) >= 1, f"{name}={getattr(self, name)} must be at least 1")
         for name in ("weight_decay", "clip", "eval_every", "stop_at"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        for name in ("warmup_steps", "schedule_steps"):
+        for name in ("warmup_steps", "schedule_steps", "micro_batch", "updates", "warmup_from"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 0 and less than 1")
         require(not (self.warmup and self.warmup_steps), f"warmup={self.warmup} and warmup_steps={self.warmup_steps}: give one of them")
         per_step = self.schedule == "cosine"
         require(per_step or not self.schedule_steps, f"schedule_steps={self.schedule_steps} has no effect with schedule={self.schedule}")
         require(0 <= self.warmup < 1, f"warmup={self.warmup} is a share of all steps: at least 0 and less than 1")
+        self._check_length()
+
+    def _check_length(self) -> None:
+        """ConfigError where length, schedule and batch do not go together."""
+        both = self.updates and self.epochs > 1
+        require(not both, f"epochs={self.epochs} and updates={self.updates}: give one of them (epochs=1 or updates=0)")
+        by_epoch = self.schedule == "cosine_epoch"
+        require(not (by_epoch and self.updates), f"schedule=cosine_epoch goes by epochs: updates={self.updates} must be 0")
+        rooted = self.schedule == "inverse_sqrt"
+        require(not rooted or self.warmup_steps >= 1, "schedule=inverse_sqrt falls from the end of its warm-up: give warmup_steps")
+        first = self.warmup_from
+        require(rooted or first == type(self).warmup_from, f"warmup_from={first} has no effect with schedule={self.schedule}")
+        require(first <= self.lr, f"warmup_from={first} must be at most lr={self.lr}")
+        large = self.micro_batch > self.batch_size
+        require(not large, f"micro_batch={self.micro_batch} must be at most batch_size={self.batch_size}")
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Optimiser steps of a whole run."""
+        return self.updates or self.epochs * steps_per_epoch
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import importlib
 import json
 import statistics
@@ -17,14 +16,15 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from hgrn2_bench import matching, measure, provenance, registry, timing
-from hgrn2_bench.cells import CellFolder, replace_file
+from hgrn2_bench import distributed, matching, measure, provenance, registry, timing
+from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.model import Backbone
 from hgrn2_bench.ops.tuned import thoroughness
 from hgrn2_bench.plan import Cell, Description, versions
 from hgrn2_bench.protocol import Metric
 from hgrn2_bench.results import Row
+from hgrn2_bench.trackers import mirrored
 from hgrn2_bench.trainer import DivergedError, InterruptedTrainingError, Progress, TrainableTask, Trainer
 
 PROBE_TOKENS = 1024
@@ -41,6 +41,11 @@ class Shape:
     tokens_per_epoch: int
     step_tokens: int
     """Tokens of a full step; the mean where steps differ."""
+
+    def tokens(self, steps: int) -> int:
+        """Tokens of so many steps."""
+        epochs, rest = divmod(steps, self.steps_per_epoch)
+        return epochs * self.tokens_per_epoch + rest * self.step_tokens
 
 
 class CellRunner(Protocol):
@@ -118,7 +123,8 @@ def build(cell: Cell) -> Backbone:
 def describe(cell: Cell, model: Backbone, probe: bool = False) -> Description:
     """What a cell's model is and costs; `probe` times it forward and backward on few random tokens of the CPU."""
     shape = runner_class(cell).shape(cell)
-    steps, tokens = cell.train.epochs * shape.steps_per_epoch, cell.train.epochs * shape.tokens_per_epoch
+    steps = cell.train.steps(shape.steps_per_epoch)
+    tokens = shape.tokens(steps)
     return Description(
         *measure.parameters(model),
         state_bytes=measure.state_bytes(model, shape.seq_len, itemsize(cell)),
@@ -143,7 +149,7 @@ def itemsize(cell: Cell) -> int:
 
 def _probe(cell: Cell, model: Backbone, shape: Shape) -> float:
     """Seconds per token of a forward and backward pass over few random tokens, the faster of two after one warm-up."""
-    batch = min(cell.train.batch_size, max(1, PROBE_TOKENS // shape.seq_len))
+    batch = min(cell.train.micro_batch or cell.train.batch_size, max(1, PROBE_TOKENS // shape.seq_len))
     labels = max(1, round(shape.labels_per_token * batch * shape.seq_len))
     times = []
     for _ in range(3):
@@ -164,20 +170,22 @@ class Facts:
     weights_hash: str = ""
     training_step: str = ""
     workers: int = 1
+    track: str = ""
+    """The tracker that mirrors the curve."""
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def run_cell(
-    cell: Cell, folder: CellFolder, report: Callable[[int, int, str], None], stop: Callable[[], bool], workers: int = 1
+    cell: Cell, folder: CellFolder, report: Callable[[int, int, str], None], stop: Callable[[], bool], workers: int = 1, track: str = ""
 ) -> list[Row]:
     """Run a cell whose folder the caller has locked, write its rows, and return them; `workers` cells run at once.
 
-    InterruptedTrainingError (after a checkpoint) and OSError while writing rows pass through; whatever else goes wrong becomes the
-    outcome of the cell.
+    InterruptedTrainingError (after a checkpoint), OSError while writing rows, and GroupError where not all processes of the cell came to
+    the same outcome pass through; whatever else goes wrong becomes the outcome of the cell.
     """
-    facts = Facts(workers=workers)
+    facts = Facts(workers=workers, track=track)
     metrics: list[Metric] = []
-    status, reason = "ok", ""
+    status, reason, fault = "ok", "", ""
     try:
         folder.begin()
         metrics = _train_and_measure(cell, folder, facts, report, stop)
@@ -186,7 +194,14 @@ def run_cell(
         raise
     except Exception as error:
         status, reason = outcome_of(error)
-        replace_file(folder.path / "error.txt", traceback.format_exc())
+        fault = traceback.format_exc()
+    try:
+        distributed.agree(status, reason)
+    except distributed.GroupError:
+        folder.set_status("interrupted")
+        raise
+    if fault:
+        folder.write("error.txt", fault)
     rows = make_rows(cell, metrics, status, reason, facts)
     free_memory(cell)
     folder.finish(rows)
@@ -249,23 +264,37 @@ def _train_and_measure(
     model = model.to(cell.device)
     if cell.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    torch.manual_seed(cell.seed)
+    torch.manual_seed(cell.seed + distributed.current().rank)  # each process drops out units of its own
     if registry.protocol(cell.suite).speed:
         return _measure(cell, model, runner, facts)
     trainer = Trainer(model, runner, cell.train, folder, cell.device, cell.dtype)
+    trainer.peak_tokens_per_s = measure.peak_rate(facts.description.train_flops_per_token, cell.device, distributed.current().size)
     try:
-        trainer.fit(report, stop)
+        with mirrored(facts.track, folder) as trainer.mirror:
+            trainer.fit(report, stop)
     finally:
         facts.progress, facts.training_step = trainer.at, trainer.steps.mode
         if cell.device == "cuda":
             facts.peak_bytes = int(torch.cuda.max_memory_allocated())
     model.eval()
-    facts.weights_hash = weights_hash(model)
+    facts.weights_hash = measure.weights_hash(model)
     metrics = list(runner.report(model))
+    if registry.protocol(cell.suite).saves_weights:
+        _save_weights(cell, model, folder, facts)
     if cell.train.keep == "both" and trainer.best_weights is not None:
         model.load_state_dict(trainer.best_weights)
         metrics += [dataclasses.replace(metric, split=f"{metric.split}_best") for metric in runner.report(model)]
     return metrics
+
+
+def _save_weights(cell: Cell, model: nn.Module, folder: CellFolder, facts: Facts) -> None:
+    """Keep the trained model, with what it was and what it learned from; the other processes of the cell wait for that."""
+    if folder.writes:
+        checkpoints: Any = importlib.import_module("hgrn2_bench.checkpoints")
+        tokens = runner_class(cell).shape(cell).tokens(facts.progress.step)
+        card = checkpoints.Card(cell.model_ref, cell.settings, getattr(facts.runner, "card", {}), tokens)
+        checkpoints.save(model, card, folder.weights)
+    distributed.gathered(None)
 
 
 def _measure(cell: Cell, model: nn.Module, runner: Any, facts: Facts) -> list[Metric]:
@@ -282,15 +311,6 @@ def _measure(cell: Cell, model: nn.Module, runner: Any, facts: Facts) -> list[Me
     at.step_times = [] if found.median_s is None else [found.median_s]
     at.token_rates = [] if found.tokens_per_s is None else [found.tokens_per_s]
     return list(found.metrics)
-
-
-def weights_hash(model: nn.Module) -> str:
-    """16 hex digits over every parameter and buffer, bit for bit."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def make_rows(cell: Cell, metrics: Sequence[Metric], status: str, reason: str, facts: Facts) -> list[Row]:
@@ -329,7 +349,15 @@ def _effective(cell: Cell, facts: Facts) -> dict[str, Any]:
     if cell.device == "cuda":
         built |= {"training_step": facts.training_step, "float32_matmul": torch.get_float32_matmul_precision()}
         built |= {"kernel_tuning": thoroughness()} if cell.backend == "fla" else {}
+    if distributed.current().size > 1:
+        built["parallel"] = cell.train.parallel
     return built
+
+
+def _details(facts: Facts) -> dict[str, Any]:
+    """How the numbers came about; of a training run only that the number of processes changed on the way."""
+    processes = facts.progress.processes
+    return dict(facts.details) | ({"processes": ", then ".join(map(str, processes))} if len(processes) > 1 else {})
 
 
 def _shared_fields(cell: Cell, facts: Facts) -> dict[str, Any]:
@@ -337,11 +365,11 @@ def _shared_fields(cell: Cell, facts: Facts) -> dict[str, Any]:
     description, runner, at = facts.description, facts.runner, facts.progress
     step_s = statistics.median(at.step_times) if at.step_times else None
     shape = runner_class(cell).shape(cell)
-    epochs, rest = divmod(at.step, shape.steps_per_epoch)
     commit, dirty = provenance.commit()
-    same = ("suite", "protocol_version", "preset", "task", "model", "mixer_version", "seed", "device", "processes", "backend", "dtype")
+    same = ("suite", "protocol_version", "preset", "task", "model", "mixer_version", "seed", "device", "backend", "dtype")
     return {name: getattr(cell, name) for name in same} | {
         "command": cell.command,
+        "processes": max(cell.processes, distributed.current().size),
         "settings": plain(cell.fields()),
         "effective": _effective(cell, facts),
         "parameters": description.parameters if description else None,
@@ -349,7 +377,7 @@ def _shared_fields(cell: Cell, facts: Facts) -> dict[str, Any]:
         "state_bytes": description.state_bytes if description else None,
         "train_flops_per_token": description.train_flops_per_token if description else None,
         "steps": at.step,
-        "tokens": epochs * shape.tokens_per_epoch + rest * shape.step_tokens,
+        "tokens": shape.tokens(at.step),
         "wall_s": round(at.train_s, 3),
         "compile_s": round(max(0.0, at.warm_s - at.warm_steps * (step_s or 0)), 3),
         "step_s": step_s,
@@ -363,7 +391,7 @@ def _shared_fields(cell: Cell, facts: Facts) -> dict[str, Any]:
         "truncated": runner.truncated if runner else 0,
         "skipped": runner.skipped if runner else 0,
         "weights_hash": facts.weights_hash,
-        "details": dict(facts.details),
+        "details": _details(facts),
         "commit": commit,
         "dirty": dirty,
         "cell": cell.key,

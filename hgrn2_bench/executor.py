@@ -12,12 +12,12 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hgrn2_bench import worker
 from hgrn2_bench.errors import ConfigError
@@ -38,14 +38,50 @@ class Event:
     kind: str
     cell: Cell
     content: tuple[Any, ...]
-    order: "_Order"
+    order: "Order"
 
 
 @dataclass(frozen=True)
-class _Order:
+class Order:
+    """What an executor asks for: one of a worker's orders, and the rest of it."""
+
     kind: str
     cell: Cell
-    rest: tuple[Any, ...]
+    rest: tuple[Any, ...] = ()
+
+
+class Executor(Protocol):
+    """Runs cells: `LocalExecutor`, or another with the same methods."""
+
+    count: int
+    """Cells that run at once."""
+
+    @property
+    def crew(self) -> str:
+        """Who works, in words."""
+        ...
+
+    def describe(self, cells: Sequence[Cell], probe: bool, timeout_s: float | None = None) -> dict[str, tuple[Any, str]]:
+        """See `LocalExecutor.describe`."""
+        ...
+
+    def solve(self, asked: Sequence[tuple[Cell, tuple[str, ...]]]) -> dict[str, Solution]:
+        """See `LocalExecutor.solve`."""
+        ...
+
+    def run(
+        self, cells: Sequence[Cell], results: Path, force: bool = False, timeout_s: float | None = None, track: str = ""
+    ) -> Iterator[Event]:
+        """See `LocalExecutor.run`."""
+        ...
+
+    def listen(self, heard: Callable[[Event], None]) -> None:
+        """Say who hears of progress that `run` cannot yield in time."""
+        ...
+
+    def stop(self, within_s: float = 0.0) -> Iterator[Event]:
+        """See `LocalExecutor.stop`."""
+        ...
 
 
 class _Worker:
@@ -65,10 +101,10 @@ class _Worker:
                 signal.signal(each, handler)
         theirs.close()
         self.ready = False
-        self.order: _Order | None = None
+        self.order: Order | None = None
         self.since = time.monotonic()
 
-    def send(self, order: "_Order") -> None:
+    def send(self, order: "Order") -> None:
         self.order, self.since = order, time.monotonic()
         with contextlib.suppress(OSError):  # a dead worker: reading its pipe says so
             self.pipe.send((order.kind, {**order.cell.to_json(), "key": order.cell.key}, *order.rest))
@@ -109,6 +145,11 @@ class LocalExecutor:
         self.count, self.threads = workers, threads
         self.workers: list[_Worker] = []
 
+    @property
+    def crew(self) -> str:
+        """`1 worker`, `8 workers`."""
+        return f"{self.count} worker{'s' * (self.count > 1)}"
+
     def __enter__(self) -> "LocalExecutor":
         return self
 
@@ -120,7 +161,7 @@ class LocalExecutor:
     def describe(self, cells: Sequence[Cell], probe: bool, timeout_s: float | None = None) -> dict[str, tuple[Any, str]]:
         """A Description (or None and what is wrong with the model's code) for each cell's key. ConfigError for an illegal combination."""
         found: dict[str, tuple[Any, str]] = {}
-        for event in self._serve([_Order("describe", cell, (probe,)) for cell in cells], timeout_s):
+        for event in self._serve([Order("describe", cell, (probe,)) for cell in cells], timeout_s):
             if event.kind == "refused":
                 raise ConfigError(event.content[0])
             found[event.cell.key] = event.content if event.kind == "described" else (None, event.content[1])
@@ -129,7 +170,7 @@ class LocalExecutor:
     def solve(self, asked: Sequence[tuple[Cell, tuple[str, ...]]]) -> dict[str, Solution]:
         """What matches each cell, by its key; the settings beside a cell may change. ConfigError for an illegal combination."""
         found: dict[str, Solution] = {}
-        for event in self._serve([_Order("solve", cell, (free,)) for cell, free in asked], None):
+        for event in self._serve([Order("solve", cell, (free,)) for cell, free in asked], None):
             if event.kind == "refused":
                 raise ConfigError(event.content[0])
             found[event.cell.key] = event.content[0] if event.kind == "solved" else Solution(fault=event.content[1])
@@ -137,7 +178,7 @@ class LocalExecutor:
 
     def warm(self, cells: Sequence[Cell], parts: int) -> Iterator[Event]:
         """Rehearse cells, each in so many parts (see `ops.autotune.compiling`), or whole in one. ConfigError for an illegal combination."""
-        for event in self._serve([_Order("warm", cell, (part, parts)) for cell in cells for part in range(parts)], None):
+        for event in self._serve([Order("warm", cell, (part, parts)) for cell in cells for part in range(parts)], None):
             if event.kind == "refused":
                 raise ConfigError(event.content[0])
             yield event
@@ -148,9 +189,14 @@ class LocalExecutor:
             each.kill()
         self.count, self.workers = workers, self.workers[:workers]
 
-    def run(self, cells: Sequence[Cell], results: Path, force: bool = False, timeout_s: float | None = None) -> Iterator[Event]:
-        """Run cells, yielding every event; cells that another run holds are waited for at the end."""
-        yield from self._serve([_Order("run", cell, (results, force, min(self.count, len(cells)))) for cell in cells], timeout_s)
+    def run(
+        self, cells: Sequence[Cell], results: Path, force: bool = False, timeout_s: float | None = None, track: str = ""
+    ) -> Iterator[Event]:
+        """Run cells, yielding every event; cells that another run holds are waited for at the end. `track` names a tracker."""
+        yield from self._serve([Order("run", cell, (results, force, min(self.count, len(cells)), track)) for cell in cells], timeout_s)
+
+    def listen(self, heard: Callable[[Event], None]) -> None:
+        """Nothing to do: `run` yields every event in time."""
 
     def stop(self, within_s: float = STOP_WITHIN_S) -> Iterator[Event]:
         """Ask for a clean stop: running cells write a checkpoint. Workers that do not answer in time are killed."""
@@ -165,7 +211,7 @@ class LocalExecutor:
                     yield event
             busy = [w for w in busy if w.order is not None and w in self.workers]
 
-    def _serve(self, orders: Sequence[_Order], timeout_s: float | None) -> Iterator[Event]:
+    def _serve(self, orders: Sequence[Order], timeout_s: float | None) -> Iterator[Event]:
         todo = deque(orders)
         not_before = 0.0
         left = len(orders)
@@ -182,10 +228,10 @@ class LocalExecutor:
                 if event is None:
                     continue
                 if event.kind == "lost" and event.order.kind == "run":
-                    todo.appendleft(_Order("record", event.cell, (event.order.rest[0], *event.content)))
+                    todo.appendleft(Order("record", event.cell, (event.order.rest[0], *event.content)))
                     continue
                 if event.kind == "locked":
-                    todo.append(_Order("run", event.cell, event.order.rest))
+                    todo.append(Order("run", event.cell, event.order.rest))
                     not_before = time.monotonic() + LOCK_POLL_S
                 elif event.kind not in RUNNING:
                     left -= 1

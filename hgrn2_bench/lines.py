@@ -188,27 +188,18 @@ def _join(parts: list[tuple[dict[int, str], list[Run]]], hashes: dict[int, str],
 
 
 LATER_SETTINGS: dict[str, Any] = {
-    "scan": "causal",
-    "norm_group": 0,
-    "channel_dropout": 0.0,
-    "warmup_steps": 0,
-    "schedule_steps": 0,
-    "glu_activation": "silu",
-    "glu_bias": True,
-    "norm_eps": 0.0,
-    "embed_scale": "none",
-    "softmax": "full",
-    "cutoffs": [],
-    "recompute": False,
+    **{"scan": "causal", "norm_group": 0, "channel_dropout": 0.0, "warmup_steps": 0, "schedule_steps": 0},
+    **{"glu_activation": "silu", "glu_bias": True, "norm_eps": 0.0, "embed_scale": "none", "softmax": "full", "cutoffs": []},
+    **{"recompute": False, "beta1": 0.9, "beta2": 0.999, "micro_batch": 0, "updates": 0, "warmup_from": 1e-7, "compile_blocks": False},
 }
 """Settings that came after the first rows, with what rows without them ran with: one line may hold both kinds."""
 
 
 def settings_of(row: Row) -> dict[str, Any]:
-    """Everything that sets lines of a table apart, the seed left out."""
-    place = {"backend": row.backend, "device": row.device, "processes": row.processes, "version": row.mixer_version}
+    """Everything that sets lines of a table apart: neither the seed nor over how many processes a batch was spread, and how."""
+    place = {"backend": row.backend, "device": row.device, "version": row.mixer_version}
     settings = {**LATER_SETTINGS, **row.settings}
-    return {k: v for k, v in settings.items() if k not in ("seed", *fairness.MATCH_KEYS)} | place
+    return {k: v for k, v in settings.items() if k not in ("seed", "parallel", *fairness.MATCH_KEYS)} | place
 
 
 def looks_ahead(row: Row) -> bool:

@@ -1,12 +1,13 @@
 """What a model costs, and what was really built: parameters, state bytes, FLOPs, decay at initialisation, causality."""
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hgrn2_bench import directions
+from hgrn2_bench import directions, provenance, timing
 from hgrn2_bench.interfaces import Context, Mixer
 from hgrn2_bench.layers import ShortConv, conv_names
 from hgrn2_bench.model import Backbone
@@ -142,6 +143,21 @@ def is_causal(model: Backbone, mixer: Mixer, seq_len: int = 16) -> bool | None:
     y_BTD, other_BTD = (mixer(x, Context(shared=model.shared()))[:, :-1] for x in (x_BTD, changed_BTD))
     mixer.train(was_training)
     return torch.allclose(y_BTD, other_BTD, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """16 hex digits over every parameter and buffer, bit for bit."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def peak_rate(train_flops_per_token: float | None, device: str, devices: int) -> float | None:
+    """Tokens per second at which training reaches the bfloat16 peak of so many devices by their data sheet; None where it is not known."""
+    peak = timing.data_sheet(provenance.device_name(device)) if device == "cuda" else None
+    return peak[0] * devices / train_flops_per_token if peak and train_flops_per_token else None
 
 
 def kernel(backend: str, inputs: families.OpInputs | None) -> str:

@@ -48,6 +48,7 @@ class Cell:
     command: str
     """The command that runs exactly this cell; not part of the key."""
     processes: int = 1
+    """Of one timed run. A run that trains takes as many as it is started with, and is the same cell."""
     matching: MatchConfig = field(default_factory=MatchConfig)
     """What was matched."""
     machine: str = ""
@@ -58,11 +59,12 @@ class Cell:
         """16 hex digits over everything that can change the numbers, and over what was matched (a tolerance changes neither).
 
         Plain keys count where they differ from their schema's default, so that a new key orphans no finished cell. The price: whoever
-        changes a default raises the protocol's version.
+        changes a default raises the protocol's version. Over how many processes training spreads a batch, and how, changes nothing.
         """
         content = {k: v for k, v in self.to_json().items() if k not in ("model_ref", "command")}
         content |= {name: _departures(getattr(self, name)) for name in ("model_config", "train", "data", "matching")}
         content["matching"].pop("match_tolerance", None)
+        content["train"].pop("parallel", None)
         if not self.machine:
             del content["machine"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

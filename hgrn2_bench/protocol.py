@@ -91,6 +91,8 @@ class Protocol:
     """What `plot` draws."""
     idle: tuple[str, ...] = ()
     """Keys of the core that change nothing here: refused."""
+    saves_weights: bool = False
+    """The suite trains language models, and each cell's folder keeps its own under `model/` once the cell has ended well."""
 
 
 @dataclass(frozen=True)

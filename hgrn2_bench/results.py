@@ -60,6 +60,7 @@ class Row:
     workers: int
     """Cells that ran at once on the machine: speed is measured beside `workers` - 1 others."""
     processes: int
+    """That worked on the cell together when it ended."""
     backend: str
     dtype: str
     versions: Mapping[str, str]
@@ -79,7 +80,7 @@ class Row:
     mixer_version: str = ""
     """The model's own version, or the hash of a user's file: other code under the same name."""
     details: Mapping[str, Any] = field(default_factory=dict)
-    """Of a timed cell: how the number came about. Since schema 2."""
+    """Of a timed cell: how the number came about; of a trained one, whether its number of processes changed. Since schema 2."""
     card: Mapping[str, str] = field(default_factory=dict)
     """How the metric is defined, in words: rows of different cards never share a table. Since schema 3."""
     schema_version: int = SCHEMA_VERSION

@@ -12,7 +12,7 @@ from hgrn2_bench import tuning
 from hgrn2_bench.cells import FINAL, CellFolder, check_results
 from hgrn2_bench.config import written
 from hgrn2_bench.console import Monitor, duration, names
-from hgrn2_bench.executor import LocalExecutor
+from hgrn2_bench.executor import Executor
 from hgrn2_bench.plan import Cell, Plan, swept
 from hgrn2_bench.render import byte_count, count
 from hgrn2_bench.results import Row, archived
@@ -40,11 +40,14 @@ def one_of_each(cells: Sequence[Cell]) -> list[Cell]:
 class Run:
     """A plan, the executor that runs its cells, and the rows so far.
 
-    `force` takes no cell as finished; a cell that takes more than `timeout_s` seconds is given up.
+    `force` takes no cell as finished; a cell that takes more than `timeout_s` seconds is given up; `track` names a tracker.
     """
 
-    def __init__(self, plan: Plan, executor: LocalExecutor, results: Path, force: bool = False, timeout_s: float | None = None) -> None:
+    def __init__(
+        self, plan: Plan, executor: Executor, results: Path, force: bool = False, timeout_s: float | None = None, track: str = ""
+    ) -> None:
         self.plan, self.executor, self.results, self.force, self.timeout_s = plan, executor, results, force, timeout_s
+        self.track = track
         kept_rows, problems = archived(results, plan.protocol.name)
         for problem in problems:
             print(f"note: {problem}", file=sys.stderr)
@@ -101,7 +104,7 @@ class Run:
         backends = ", ".join(sorted({cell.backend for cell in cells}))
         return (
             f"{self.plan.protocol.name} preset {self.plan.preset}: {len(cells)} cells to run{kept}; {first.device}, {first.dtype}, "
-            f"backend {backends}, {_workers(self.executor.count)}"
+            f"backend {backends}, {self.executor.crew}"
         )
 
     def _run_cells(self, cells: Sequence[Cell], about: dict[str, Any]) -> dict[str, list[Row]]:
@@ -111,8 +114,9 @@ class Run:
         ordered = sorted(cells, key=lambda cell: -costs[cell.key])  # without costs in the order of the plan
         found: dict[str, list[Row]] = {}
         with Monitor(costs, names(cells)) as monitor:
+            self.executor.listen(monitor.hear)
             try:
-                for event in self.executor.run(ordered, self.results, self.force, self.timeout_s):
+                for event in self.executor.run(ordered, self.results, self.force, self.timeout_s, self.track):
                     monitor.hear(event)
                     if event.kind == "done":
                         found[event.cell.key] = event.content[0]
@@ -144,8 +148,7 @@ class Run:
         print(tabulate(lines, COLUMNS, tablefmt="github", disable_numparse=True))
         print(f"\n{tuning.count(cells, protocol)} cells, {first.device}, {first.dtype}; protocol version {first.protocol_version}")
         if probe:
-            workers = self.executor.count
-            print(f"estimate without early stops: {duration(seconds / workers)} with {_workers(workers)}")
+            print(f"estimate without early stops: {duration(seconds / self.executor.count)} with {self.executor.crew}")
 
 
 def _costs(about: Any) -> list[Any]:
@@ -154,7 +157,3 @@ def _costs(about: Any) -> list[Any]:
     flops = about.train_flops_per_token
     each = duration(about.seconds) if about.seconds is not None else "–"
     return [*sizes, about.steps, count(flops and flops * about.tokens), each]
-
-
-def _workers(count: int) -> str:
-    return f"{count} worker{'s' * (count > 1)}"

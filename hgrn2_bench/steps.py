@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hgrn2_bench.layers import FollowsBackend
 
@@ -25,11 +26,12 @@ MAX_SHAPES = 64
 
 @dataclass(frozen=True)
 class _Captured:
-    """A recorded step: what it reads, and the loss that it leaves."""
+    """A recorded step: what it reads, and the loss and gradient norm that it leaves."""
 
     graph: torch.cuda.CUDAGraph
     inputs: Batch
     loss: Tensor
+    norm: Tensor | None
 
 
 class Steps:
@@ -55,6 +57,8 @@ class Steps:
             if isinstance(module, FollowsBackend):
                 module.replayed = graph
         self.mode = "eager"
+        self.norm: Tensor | None = None
+        """Of the last step's gradient, before it was clipped; None after an eager step without clipping, which did not need it."""
         self.captured: dict[Shapes, _Captured] = {}
         self.seen: Counter[Shapes] = Counter()
 
@@ -83,33 +87,54 @@ class Steps:
         for mine, given in zip(found.inputs, batch, strict=True):
             mine.copy_(given)
         found.graph.replay()
+        self.norm = found.norm
         return found.loss.clone()
 
-    def _eager(self, batch: Batch) -> Tensor:
-        self.optimizer.zero_grad(set_to_none=True)
+    def gradient_norm(self) -> float:
+        """The norm of the last step's gradient before it was clipped; waits for the device.
+
+        With clipping every step has computed it, and so has a CUDA graph, where it costs no launch; otherwise it is computed here, from
+        the gradients that the last eager step has left.
+        """
+        return _plain(self._norm() if self.norm is None else self.norm).item()
+
+    def _norm(self) -> Tensor:
+        return nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    def gradient(self, batch: Batch) -> Tensor:
+        """Leave the batch's gradient in the parameters, and return its loss."""
         with self.autocast:
             loss = self.batch_loss(self.model, batch)
         loss.backward()
-        if self.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.step()
         return loss.detach()
+
+    def _eager(self, batch: Batch, capturing: bool = False) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.gradient(batch)
+        self.norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip) if self.clip else self._norm() if capturing else None
+        self.optimizer.step()
+        return loss
 
     def _capture(self, batch: Batch, shapes: Shapes) -> None:
         """Record one step without running it. A model that waits for the GPU inside its step cannot be recorded and stays eager."""
         inputs = tuple(t.clone() for t in batch)
         try:
-            graph, loss = capture(lambda: self._eager(inputs), self._pool())
+            graph, loss = capture(lambda: self._eager(inputs, capturing=True), self._pool())
         except NotCapturedError as error:
             self.capturing = False
             kind = "CUDA graph for some shapes, eager for others" if self.captured else "eager"
             self.mode = f"{kind}; cannot be captured in a CUDA graph: {error}"
             return
-        self.captured[shapes], self.mode = _Captured(graph, inputs, loss), "CUDA graph"
+        self.captured[shapes], self.mode = _Captured(graph, inputs, loss, self.norm), "CUDA graph"
 
     def _pool(self) -> Any:
         """The memory pool of the graphs so far; None before the first, which makes it."""
         return next((found.graph.pool() for found in self.captured.values()), None)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """A tensor of which processes may hold shares, as a whole."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _shapes(batch: Batch) -> Shapes:

@@ -162,9 +162,14 @@ class MeasuringFaultError(Exception):
     """A result that the device cannot have reached."""
 
 
+def data_sheet(device_name: str) -> tuple[float, float] | None:
+    """Dense bfloat16 FLOP/s and bytes/s of a device; None for one that is not listed."""
+    return next((value for name, value in PEAKS.items() if re.search(rf"{name}\b", device_name)), None)  # an L40 is no L4
+
+
 def check_plausible(flops: float, nbytes: float, seconds: float, device_name: str) -> None:
     """MeasuringFaultError where FLOP/s or bytes/s exceed the data sheet by more than 5%; a device that is not listed passes."""
-    peak = next((value for name, value in PEAKS.items() if re.search(rf"{name}\b", device_name)), None)  # an L40 is no L4
+    peak = data_sheet(device_name)
     if peak is None:
         return
     for amount, most, unit in ((flops, peak[0], "TFLOP/s"), (nbytes, peak[1], "TB/s")):

@@ -22,7 +22,7 @@ MOST_WORKERS = 16
 WORKER_BYTES, TIMED_WORKER_BYTES = 1_500_000_000, 16_000_000_000
 """GPU memory of one process: its CUDA context, and a small model with a batch; or the larger work of a suite that times."""
 SECTIONS = ("suite", "model_ref", "settings", "model_config", "data", "backend", "dtype", "device")
-TRAINING = ("batch_size", "eval_batch_size", "cuda_graph")
+TRAINING = ("batch_size", "micro_batch", "eval_batch_size", "cuda_graph", "compile_blocks")
 """What of a cell decides which kernels it launches, and on which sizes."""
 
 

@@ -1,7 +1,7 @@
 """A worker process: imports torch once, describes and runs cells as it is told, and dies with its parent.
 
 The parent sends (`describe`, cell, probe), (`solve`, cell, free settings), (`warm`, cell, part, parts), (`run`, cell, results, force,
-workers), (`record`, cell, results, status, reason) or (`stop`,); the worker answers with the messages that `hgrn2_bench.executor` lists.
+workers, track), (`record`, cell, results, status, reason) or (`stop`,); it answers with the messages that `hgrn2_bench.executor` lists.
 What cells print goes to standard error, so that a table can be piped.
 """
 
@@ -85,7 +85,7 @@ def _describe(cell: Any, key: str, probe: bool, pipe: Connection) -> None:
     try:
         pipe.send(("described", key, engine.describe(cell, engine.build(cell), probe), ""))
     except ConfigError as error:
-        pipe.send(("refused", key, _named(cell, error)))
+        pipe.send(("refused", key, named(cell, error)))
     except Exception as error:  # a fault of the model's code: its cell will fail and say so
         pipe.send(("described", key, None, engine.outcome_of(error)[1]))
 
@@ -97,7 +97,7 @@ def _solve(cell: Any, key: str, free: tuple[str, ...], pipe: Connection) -> None
     try:
         pipe.send(("solved", key, matching.solve(cell, free)))
     except ConfigError as error:
-        pipe.send(("refused", key, _named(cell, error)))
+        pipe.send(("refused", key, named(cell, error)))
     except Exception as error:  # a fault of the model's code: its cell will fail and say so
         pipe.send(("solved", key, matching.Solution(fault=engine.outcome_of(error)[1])))
 
@@ -114,7 +114,7 @@ def _warm(cell: Any, key: str, part: int, parts: int, pipe: Connection) -> None:
         with autotune.compiling(part, parts) if parts > 1 else contextlib.nullcontext():
             engine.rehearse(cell)
     except ConfigError as error:
-        pipe.send(("refused", key, _named(cell, error)))
+        pipe.send(("refused", key, named(cell, error)))
         return
     except Exception as error:  # its cell will fail in the same way, and say so
         fault = engine.outcome_of(error)[1]
@@ -124,7 +124,7 @@ def _warm(cell: Any, key: str, part: int, parts: int, pipe: Connection) -> None:
         os._exit(1)  # as in `_run`
 
 
-def _named(cell: Any, error: Exception) -> str:
+def named(cell: Any, error: Exception) -> str:
     """What is wrong, with the model's name."""
     return f"{cell.model}: {error}" if cell.model not in str(error) else str(error)
 
@@ -134,7 +134,7 @@ def _run(cell: Any, key: str, how: tuple[Any, ...], pipe: Connection, stopping: 
     from hgrn2_bench.cells import CellFolder, LockedError
     from hgrn2_bench.trainer import InterruptedTrainingError
 
-    results, force, workers = how
+    results, force, workers, track = how
     sent = 0.0
 
     def report(step: int, steps: int, text: str) -> None:
@@ -152,7 +152,7 @@ def _run(cell: Any, key: str, how: tuple[Any, ...], pipe: Connection, stopping: 
             if force:
                 folder.start_over()
             if force or rows is None:
-                rows = engine.run_cell(cell, folder, report, stopping.is_set, workers)
+                rows = engine.run_cell(cell, folder, report, stopping.is_set, workers, track)
         pipe.send(("done", key, rows))
         if rows[0].status != "ok" and engine.device_is_broken(cell):
             os._exit(1)  # a CUDA error that stays would fail every later cell of this process

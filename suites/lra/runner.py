@@ -182,6 +182,20 @@ class Runner:
             return (batches[i] for i in rng.permutation(len(batches)))
         return iter(np.array_split(rows_N, np.arange(B, len(rows_N), B)))
 
+    def size(self, batch: Batch) -> int:
+        """Items, or pairs, of a batch."""
+        return len(batch[-1])
+
+    def targets(self, batch: Batch) -> int:
+        """Labels of a batch."""
+        return len(batch[-1])
+
+    def part(self, batch: Batch, rows: slice) -> Batch:
+        """Some items of a batch, or pairs, whose first documents come first."""
+        *inputs, labels_B = batch
+        B = len(labels_B)
+        return (*(torch.cat([each[rows] for each in tensor.split(B)]) for tensor in inputs), labels_B[rows])
+
     def loss(self, model: Classifier, batch: Batch) -> Tensor:
         """Mean cross-entropy of a batch."""
         return model.loss(*_unpacked(batch))

@@ -145,6 +145,20 @@ class Runner:
             self.order = (epoch, torch.from_numpy(permutation).to(queries.tokens_NT.device))
         return self.order[1]
 
+    def size(self, batch: Batch) -> int:
+        """Examples of a batch."""
+        return len(batch[0])
+
+    def targets(self, batch: Batch) -> int:
+        """Queries of a batch."""
+        return len(batch[2])
+
+    def part(self, batch: Batch, rows: slice) -> Batch:
+        """Some examples of a batch, which all have as many queries."""
+        tokens_BT, where, values = batch
+        B, T = tokens_BT.shape
+        return tokens_BT[rows], (where.view(B, -1)[rows] - rows.start * T).flatten(), values.view(B, -1)[rows].flatten()
+
     def loss(self, model: SequenceModel, batch: Batch) -> Tensor:
         """Mean cross-entropy over the queries of a batch."""
         return model.loss(*batch)

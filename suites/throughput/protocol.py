@@ -11,7 +11,8 @@ from hgrn2_bench.protocol import Figure, Preset, Protocol
 IDLE = (
     # a training step's learning rate and batch are the suite's own, and nothing is trained to an end
     *("lr", "batch_size", "epochs", "schedule", "warmup", "eval_every", "eval_batch_size", "stop_at", "select", "tune_on", "keep"),
-    "cuda_graph",  # `graph` is the key
+    *("warmup_steps", "warmup_from", "schedule_steps", "updates", "micro_batch", "parallel"),
+    *("cuda_graph", "compile_blocks"),  # `graph` and `compile` are the keys
     "scan",  # what is timed reads forward
 )
 

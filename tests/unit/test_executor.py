@@ -52,7 +52,7 @@ def test_word_of_a_lost_worker_does_not_overwrite_a_finished_cell(tmp_path):
     with LocalExecutor(1) as pool:
         list(pool.run([cell], tmp_path))
         before = (CellFolder(tmp_path, cell).path / "rows.jsonl").read_bytes()
-        late = executor._Order("record", cell, (tmp_path, "timeout", "too late"))
+        late = executor.Order("record", cell, (tmp_path, "timeout", "too late"))
         events = list(pool._serve([late], None))
     assert statuses(events) == {"attention": "ok"}
     assert (CellFolder(tmp_path, cell).path / "rows.jsonl").read_bytes() == before

@@ -632,9 +632,10 @@ BESIDE = {
     "norm_group": {"norm": "batchnorm"},
     "cutoffs": {"softmax": "adaptive"},
     "warmup_steps": {"warmup": 0.0},
+    "warmup_from": {"schedule": "inverse_sqrt", "warmup": 0.0, "warmup_steps": 5, "lr": 0.1},
 }
 """What a field needs beside it to have an effect."""
-INNER = [(section, f.name) for section in SECTIONS for f in dataclasses.fields(getattr(BASE, section))]
+INNER = [(section, f.name) for section in SECTIONS for f in dataclasses.fields(getattr(BASE, section)) if f.name != "parallel"]
 OUTER = [f.name for f in dataclasses.fields(Cell) if f.name not in (*SECTIONS, "settings", "model_ref", "command", "matching")]
 
 
@@ -672,6 +673,11 @@ def test_a_key_changes_with_every_setting_of_the_mixer(name):
     for key, value in cell.settings.items():
         other = 3 if value is None else changed(value, None)
         assert dataclasses.replace(cell, settings={**cell.settings, key: other}).key != cell.key
+
+
+def test_a_key_does_not_depend_on_how_processes_share_a_model():
+    """A run goes on with another number of them, spread in another way."""
+    assert dataclasses.replace(BASE, train=dataclasses.replace(BASE.train, parallel="fsdp")).key == BASE.key
 
 
 @pytest.mark.parametrize("name", ["model_ref", "command"])

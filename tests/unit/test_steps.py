@@ -138,7 +138,7 @@ def test_a_shape_is_captured_after_enough_eager_steps(rows, captured, monkeypatc
 
     def capture(inputs, shapes):
         asked.append((len(taken), inputs[0].shape[0]))
-        take.captured[shapes] = SimpleNamespace(inputs=inputs, loss=torch.zeros(()), graph=SimpleNamespace(replay=lambda: None))
+        take.captured[shapes] = SimpleNamespace(inputs=inputs, loss=torch.zeros(()), norm=None, graph=SimpleNamespace(replay=lambda: None))
 
     monkeypatch.setattr(take, "_capture", capture)
     for size in rows:

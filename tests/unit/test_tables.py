@@ -561,7 +561,6 @@ def test_a_models_own_settings_become_columns_among_its_lines():
     [
         ("backend", {"backend": "reference"}),
         ("device", {"device": "cuda"}),
-        ("processes", {"processes": 2}),
         ("version", {"mixer_version": "2"}),
     ],
 )
@@ -569,6 +568,10 @@ def test_runs_that_differ_in_how_they_ran_are_lines_of_their_own(name, changes):
     found = lines(only([*run(0.9), *run(0.8, **changes)]))
     assert [f["value"] for f in found] == ["0.900", "0.800"]
     assert found[0][name] != found[1][name]
+
+
+def test_over_how_many_processes_a_batch_was_spread_sets_no_line_apart():
+    assert len(lines(only([*run(0.9, seed=0), *run(0.8, seed=1, processes=8, settings={"parallel": "fsdp"})]))) == 1
 
 
 def test_versions_are_compared_within_a_model_only():

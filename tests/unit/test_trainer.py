@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from hgrn2_bench import engine
 from hgrn2_bench import trainer as trainer_module
 from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.config import TrainConfig
@@ -58,6 +59,11 @@ def train(folder, config, task=None, stop=lambda: False):
     torch.manual_seed(1)
     made.fit(lambda *_: None, stop)
     return made
+
+
+def records(folder):
+    """The curve without what depends on the clock."""
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in folder.curve.read_text().splitlines()]
 
 
 def test_cosine_warms_up_linearly_and_ends_at_zero():
@@ -168,7 +174,7 @@ def test_resume_continues_bit_for_bit(folder, cut):
     config = TrainConfig(lr=0.02, epochs=8, warmup=0.1, clip=1.0, keep="best")
     scores = [0.1, 0.3, 0.2, 0.5, 0.4, 0.6, 0.1, 0.2]
     whole = train(folder, config, Regression(scores))
-    curve = folder.curve.read_text()
+    curve = records(folder)
     folder.start_over()
     steps = iter(range(1, 1000))
     with pytest.raises(InterruptedTrainingError):
@@ -177,7 +183,7 @@ def test_resume_continues_bit_for_bit(folder, cut):
         file.write('{"step": 99999, "loss": 1.0}\n')
     resumed = train(folder, config, Regression(scores[cut // 10 :]))
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
-    assert folder.curve.read_text() == curve
+    assert records(folder) == curve
     assert (resumed.at.step, resumed.at.best) == (80, 0.6)
 
 
@@ -225,3 +231,174 @@ def test_a_schedule_of_its_own_length():
 def test_schedules_that_cannot_be_are_refused(words, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig(**words)
+
+
+def test_inverse_sqrt_is_that_of_fairseq():
+    """Its update number n, which counts from 0, has the rate of our step n (InverseSquareRootSchedule of fairseq)."""
+    config = TrainConfig(lr=5e-4, schedule="inverse_sqrt", warmup_steps=4000)
+    rate = [learning_rate(config, step, 50_000, 100) for step in (0, 1, 2000, 3999, 4000, 4001, 16_000, 49_999)]
+    rise = (5e-4 - 1e-7) / 4000
+    decay = 5e-4 * 4000**0.5
+    expected = [1e-7, 1e-7 + rise, 1e-7 + 2000 * rise, 1e-7 + 3999 * rise, 5e-4, decay * 4001**-0.5, 2.5e-4, decay * 49_999**-0.5]
+    assert rate == pytest.approx(expected, rel=1e-12)
+    assert learning_rate(TrainConfig(schedule="inverse_sqrt", warmup_steps=10, warmup_from=0.0), 0, 20, 20) == 0.0
+
+
+class FairseqAdam(torch.optim.Optimizer):
+    """Adam with decoupled decay as fairseq's `optim/adam.py` orders it: decay, then m / (sqrt(v) + eps) at a corrected step size."""
+
+    def __init__(self, parameters, lr, betas, weight_decay, eps=1e-8):
+        super().__init__(parameters, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "eps": eps})
+        self.t = 0
+
+    @torch.no_grad()
+    def step(self):
+        self.t += 1
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            size = group["lr"] * math.sqrt(1 - beta2**self.t) / (1 - beta1**self.t)
+            for p in group["params"]:
+                m, v = self.state[p].setdefault("mv", (torch.zeros_like(p), torch.zeros_like(p)))
+                m.mul_(beta1).add_(p.grad, alpha=1 - beta1)
+                v.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                p.add_(p, alpha=-group["weight_decay"] * group["lr"]).addcdiv_(m, v.sqrt() + group["eps"], value=-size)
+
+
+def test_adamw_on_all_parameters_is_fairseqs_adam():
+    """But for eps; gradients here are far above it."""
+    config = TrainConfig(lr=1e-2, beta1=0.9, beta2=0.98, weight_decay=0.1, decay_all=True)
+    task, ours, theirs = Regression(), net().eval(), net().eval()
+    optimizers = make_optimizer(ours, config, "cpu"), FairseqAdam(theirs.parameters(), 1e-2, (0.9, 0.98), 0.1)
+    for step in range(30):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            task.loss(model, task.batch(step)).backward()
+            optimizer.step()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    other_betas = make_optimizer(net(), TrainConfig(), "cpu").param_groups[0]["betas"]
+    assert other_betas == (0.9, 0.999)
+
+
+def test_updates_are_the_length_in_steps(folder):
+    assert train(folder, TrainConfig(updates=23, schedule="constant")).at.step == 23
+    assert TrainConfig(updates=23).steps(10) == 23
+    assert TrainConfig(epochs=3).steps(10) == 30
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_the_curve_holds_the_norm_of_the_last_gradient_before_clipping(folder, clip):
+    config = TrainConfig(updates=50, schedule="constant", clip=clip, lr=1e-3)
+    train(folder, config)
+    (record,) = [each for each in records(folder) if "loss" in each]
+    made = Trainer(net(), Regression(), config, folder, "cpu", "float32")
+    torch.manual_seed(1)
+    made.model.train()
+    for step in range(49):
+        made.steps(made.task.batch(step), 1e-3)
+    made.optimizer.zero_grad()
+    made.task.loss(made.model, made.task.batch(49)).backward()
+    norm = torch.cat([p.grad.flatten() for p in made.model.parameters()]).norm().item()
+    assert record["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert norm > 0.1
+
+
+def test_the_curve_holds_speed_and_the_share_of_the_peak(folder):
+    made = Trainer(net(), Regression(), TrainConfig(epochs=10), folder, "cpu", "float32")
+    made.peak_tokens_per_s = 1e9
+    heard = []
+    made.mirror = heard.append
+    made.fit(lambda *_: None, lambda: False)
+    curve = [json.loads(line) for line in folder.curve.read_text().splitlines()]
+    assert heard == curve
+    logged = [record for record in curve if "loss" in record]
+    assert len(logged) == 2
+    for record in logged:
+        assert record["tokens_per_s"] > 0
+        assert record["mfu"] == pytest.approx(record["tokens_per_s"] / 1e9)
+
+
+class Splitting(Regression):
+    """The same task, whose batches can be split."""
+
+    def size(self, batch):
+        return len(batch[0])
+
+    targets = size
+
+    def part(self, batch, rows):
+        return tuple(tensor[rows] for tensor in batch)
+
+
+ACCUMULATED = TrainConfig(
+    lr=0.02, updates=80, micro_batch=3, schedule="inverse_sqrt", warmup_steps=7, clip=1.0, beta2=0.98, decay_all=True, keep="best"
+)
+
+
+@pytest.mark.parametrize("cut", [3, 50, 61])
+def test_resume_in_micro_batches_continues_bit_for_bit(folder, cut):
+    whole = train(folder, ACCUMULATED, Splitting())
+    curve = records(folder)
+    folder.start_over()
+    steps = iter(range(1, 1000))
+    with pytest.raises(InterruptedTrainingError):
+        train(folder, ACCUMULATED, Splitting(), stop=lambda: next(steps) == cut)
+    resumed = train(folder, ACCUMULATED, Splitting())
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+    assert records(folder) == curve
+
+
+def test_a_checkpoint_of_an_older_program_is_taken(folder):
+    """It knows neither of other processes' generators nor of their number."""
+    config = TrainConfig(lr=0.02, epochs=4)
+    whole = train(folder, config)
+    folder.start_over()
+    steps = iter(range(1, 1000))
+    with pytest.raises(InterruptedTrainingError):
+        train(folder, config, stop=lambda: next(steps) == 15)
+    content = torch.load(folder.checkpoint, weights_only=True)
+    del content["other_rngs"], content["progress"]["processes"]
+    torch.save(content, folder.checkpoint)
+    resumed = train(folder, config)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"schedule": "inverse_sqrt"}, "schedule=inverse_sqrt falls from the end of its warm-up: give warmup_steps"),
+        ({"warmup_from": 1e-6}, "warmup_from=1e-06 has no effect with schedule=cosine"),
+        ({"schedule": "inverse_sqrt", "warmup_steps": 5, "warmup_from": 1.0}, "warmup_from=1.0 must be at most lr=0.001"),
+        ({"updates": 5, "epochs": 2}, r"epochs=2 and updates=5: give one of them \(epochs=1 or updates=0\)"),
+        ({"updates": 5, "schedule": "cosine_epoch"}, "schedule=cosine_epoch goes by epochs: updates=5 must be 0"),
+        ({"micro_batch": 33}, "micro_batch=33 must be at most batch_size=32"),
+        ({"beta2": 1.0}, "beta2=1.0 must be at least 0 and less than 1"),
+    ],
+)
+def test_lengths_and_optimisers_that_cannot_be_are_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**words)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the tracer looks at it
+def test_compiled_blocks_train_as_eager_ones(tmp_path, monkeypatch):
+    """Traced and run as traced: torch's code generator takes half a minute here."""
+    compile_it = nn.Module.compile
+    asked = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self: asked.append(self) or compile_it(self, backend="eager"))
+    words = ["suite=mqar", "preset=test", "model=hgrn2", "train_examples=640", "lr=1e-2"]
+    losses = {}
+    for compiled in ("false", "true"):
+        cell = make_plan([*words, f"compile_blocks={compiled}"], "cpu").cells[0]
+        made = CellFolder(tmp_path / compiled, cell)
+        with made.lock():
+            rows = engine.run_cell(cell, made, lambda *_: None, lambda: False)
+        assert {row.status for row in rows} == {"ok"}, rows[0].reason
+        losses[compiled] = [record["loss"] for record in records(made) if "loss" in record]
+    assert [type(each).__name__ for each in asked] == ["Block"]
+    assert losses["true"] == pytest.approx(losses["false"], rel=1e-5)
+
+
+def test_a_model_without_blocks_cannot_be_compiled_by_them(folder):
+    with pytest.raises(ConfigError, match="Sequential has no list of blocks"):
+        Trainer(net(), Regression(), TrainConfig(compile_blocks=True), folder, "cpu", "float32")

@@ -160,7 +160,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "per_channel_decay T=100 K=V=8": partial(decay_case, 100, K=8),
     "per_channel_decay T=100 K=V=1": partial(decay_case, 100, K=1),
     "per_channel_decay T=65 K=1 V=2": partial(decay_case, 65, K=1, V=2),
-    "per_channel_decay T=65 K=V=2 from zero": partial(decay_case, 65, K=2, start=False),
+    "per_channel_decay T=65 K=V=4 from zero": partial(decay_case, 65, K=4, start=False),
     "per_channel_decay T=65 K=24 V=8": partial(decay_case, 65, K=24, V=8),
     "scalar_decay T=17": partial(decay_case, 17, scalar=True),
     "scalar_decay T=64": partial(decay_case, 64, scalar=True),

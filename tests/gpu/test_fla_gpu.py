@@ -107,7 +107,7 @@ def test_head_dimension_8_is_padded(family: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize(("K", "V"), [(1, 1), (2, 2), (1, 2)])
+@pytest.mark.parametrize(("K", "V"), [(1, 1), (2, 2), (1, 2), (4, 4)])
 def test_the_tiniest_heads_are_scanned(K: int, V: int, dtype: torch.dtype) -> None:
     inputs, state = on_gpu(decay_case(1334, K, V, dtype=dtype))
     found = errors(inputs, state)

@@ -279,6 +279,7 @@ def _train_and_measure(
     model.eval()
     facts.weights_hash = measure.weights_hash(model)
     metrics = list(runner.report(model))
+    facts.details = plain(runner.details(model)) if hasattr(runner, "details") else {}
     if registry.protocol(cell.suite).saves_weights:
         _save_weights(cell, model, folder, facts)
     if cell.train.keep == "both" and trainer.best_weights is not None:

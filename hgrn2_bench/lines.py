@@ -10,7 +10,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hgrn2_bench import fairness
@@ -21,10 +21,11 @@ from hgrn2_bench.results import Row
 
 @dataclass(frozen=True)
 class Run:
-    """One cell: its row on the test split (or its failure), and its finished rows by split."""
+    """One cell: its row on the test split (or its failure), its finished rows by split, and its other metrics by name and split."""
 
     row: Row
     splits: Mapping[str, Row]
+    beside: Mapping[tuple[str, str], float] = field(default_factory=dict)
 
     @property
     def selection(self) -> float | None:
@@ -152,14 +153,18 @@ def _told_by(part: Sequence[Run], parts: Sequence[Sequence[Run]]) -> str:
 def _runs(rows: Iterable[Row], metric: str) -> list[Run]:
     """One run per cell, the newest where a cell was run twice."""
     cells: dict[str, list[Row]] = defaultdict(list)
+    others: dict[tuple[str, str], dict[tuple[str, str], float]] = defaultdict(dict)
     for row in sorted(rows, key=lambda r: r.time):
         if row.metric == metric or row.status != "ok":
             cells[row.cell].append(row)
+        elif row.value is not None:
+            others[row.cell, row.time][row.metric, row.split] = row.value
     runs = []
-    for same in cells.values():
+    for key, same in cells.items():
         newest = [row for row in same if row.time == same[-1].time]
         tested = next((row for row in newest if row.split == "test"), newest[-1])
-        runs.append(Run(tested, {row.split: row for row in newest if row.status == "ok"}))
+        beside = others.get((key, tested.time), {})
+        runs.append(Run(tested, {row.split: row for row in newest if row.status == "ok"}, beside))
     return runs
 
 

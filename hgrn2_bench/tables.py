@@ -118,7 +118,7 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
     lines = best_lines(runs, protocol)
     first, matched = lines[0].first, fairness.matched(lines[0].first)
     arrow = "higher" if protocol.higher_is_better else "lower"
-    title = f"{first.suite}, preset {first.preset}, {first.task}: {metric} on test data ({protocol.unit}; {arrow} is better)"
+    title = f"{first.suite}, preset {first.preset}, {first.task}: {metric} on test data ({first.unit}; {arrow} is better)"
     title += f", {matched}" * bool(matched)
     if refusal := fairness.refusal([run.row for run in runs]):
         return Table(title, (), (), (refusal, *why))
@@ -138,6 +138,8 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
     columns += [Column("local mixing"), Column("positions"), Column(f"{metric}, seed{'s' * (len(seeds) > 1)} {_listed(seeds)}")]
     kept_both = any(BEST in run.splits for line in lines for run in line.runs)
     columns += [Column(f"{metric} at the best validation")] * kept_both
+    others = [each for each in protocol.beside_metric if metric == protocol.metric and any(_beside(line, each) != "–" for line in lines)]
+    columns += [Column(heading) for heading, _, _ in others]
     columns += [Column("tokens/s", count)] * one_device + [Column("status")]
     body = [
         (
@@ -149,6 +151,7 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
             *_costs(line.first)[4:],
             Score(summary(line, protocol.solved), {run.row.seed: run.value for run in line.runs}),
             *([_at_best(line)] * kept_both),
+            *(_beside(line, each) for each in others),
             *([_speed(line)] * one_device),
             _status(line, best, seeds, protocol),
         )
@@ -161,6 +164,12 @@ def _at_best(line: Line) -> str:
     """Test values of the weights with the best validation, in seed order."""
     found = [run.splits.get(BEST) for run in line.runs]
     return ", ".join("–" if row is None or row.value is None else f"{row.value:.3f}" for row in found)
+
+
+def _beside(line: Line, further: tuple[str, str, str]) -> str:
+    """The mean over seeds of another metric; – where no run has it."""
+    known = [run.beside[further[1:]] for run in line.runs if further[1:] in run.beside]
+    return f"{statistics.fmean(known):.3f}" if known else "–"
 
 
 def _costs(row: Row) -> tuple[Any, ...]:
@@ -199,6 +208,9 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
     if floors:
         ends = {name: dict.fromkeys(f"{value:.3f}" for value in (min(found), max(found))) for name, found in floors.items()}
         notes.append("floors: " + "; ".join(f"{name} {' to '.join(each)}" for name, each in ends.items()))
+    card = next((row.card for row in rows if row.card), {})
+    if card:
+        notes.append(f"{first.metric} counted so: " + "; ".join(f"{key} {value}" for key, value in card.items()))
     budget = ("lr", "batch_size", *protocol.budget, "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
     same = {key: {json.dumps(row.settings.get(key)) for row in rows} for key in budget}
     fixed = [f"{key} {json.loads(next(iter(v)))}" for key, v in same.items() if len(v) == 1]

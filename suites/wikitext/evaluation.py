@@ -28,7 +28,9 @@ Nats = NDArray[np.float32]
 class Scores(Protocol):
     """What scoring asks of a model; see `hgrn2_bench.language.LanguageModel`."""
 
-    can_carry: bool
+    @property
+    def can_carry(self) -> bool:
+        """Whether a state can be carried from block to block."""
 
     def losses(self, inputs_BT: Tensor, targets_BT: Tensor, states: Any = None, return_states: bool = False) -> tuple[Tensor, Any]:
         """Nats of every target (B, T), and the states after the last one where they are asked for."""

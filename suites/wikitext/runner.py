@@ -1,0 +1,185 @@
+"""Runs one cell of the wikitext suite: its tokens, the loss of a batch, and every metric of a split from the nats of its tokens.
+
+Shape letters: N tokens of a split, B blocks of a batch, T tokens of a block.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from hgrn2_bench import registry
+from hgrn2_bench.engine import Shape
+from hgrn2_bench.language import LanguageModel
+from hgrn2_bench.plan import Cell
+from hgrn2_bench.probes import probe
+from hgrn2_bench.protocol import Metric
+from hgrn2_bench.steps import Batch
+from hgrn2_bench.trainer import DivergedError
+from suites.wikitext import markov, texts
+from suites.wikitext.corpus import Corpus, TokenSplit
+from suites.wikitext.evaluation import Nats, Sums, Text, by_position, carried, carried_card, excess, windowed, windowed_card
+from suites.wikitext.settings import WikitextConfig
+
+PROBED_BLOCKS = 8
+"""Blocks of the validation split on which a trained model's decays and states are looked at."""
+
+
+@functools.lru_cache(maxsize=2)
+def corpus_of(config: WikitextConfig, seed: int) -> Corpus:
+    """The tokenised text of a cell; of a generated source the training documents follow from the seed."""
+    return markov.generate(config, seed) if config.dataset == "markov" else texts.load(config)
+
+
+class Runner:
+    """One cell of the suite; see `hgrn2_bench.engine.Runner`."""
+
+    truncated = 0
+
+    def __init__(self, cell: Cell) -> None:
+        self.config: WikitextConfig = cell.data
+        self.corpus = corpus_of(cell.data, cell.seed)
+        self.data_hash, self.skipped, self.card = self.corpus.hash, self.corpus.skipped, dict(self.corpus.card)
+        self.batch_size, self.eval_batch_size = cell.train.batch_size, cell.train.eval_batch_size
+        self.seed, self.device = cell.seed, cell.device
+        self.steps_per_epoch, self.blocks = _steps(self.corpus, cell)
+        self.order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self.unigram = unigram_perplexities(self.corpus)
+        self.extrapolates = cell.model_config.positions not in ("learned", "sinusoid")
+
+    @staticmethod
+    def shape(cell: Cell) -> Shape:
+        """Size of the task; text files are tokenised for it, once."""
+        steps, blocks = _steps(corpus_of(cell.data, cell.seed), cell)
+        tokens = min(cell.train.batch_size, blocks) * cell.data.block
+        return Shape(cell.data.block, labels_per_token=1.0, steps_per_epoch=steps, tokens_per_epoch=steps * tokens, step_tokens=tokens)
+
+    @staticmethod
+    def build(cell: Cell) -> LanguageModel:
+        """The model of a cell, on the CPU; an adaptive softmax knows how frequent each id is."""
+        corpus, mixer = corpus_of(cell.data, cell.seed), registry.load(cell.model_ref)
+        longest = cell.data.block
+        model = LanguageModel(cell.model_config, mixer, cell.settings, cell.backend, corpus.vocab_size, longest)
+        if cell.model_config.softmax == "adaptive":
+            model.rank(dict(enumerate(np.bincount(corpus.splits["train"].ids_N, minlength=corpus.vocab_size).tolist())))
+        return model
+
+    def batch(self, step: int) -> Batch:
+        """Inputs and targets (B, T) of batch `step`: whole blocks of the training split, shuffled by (seed, epoch), each once an epoch."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if self.order[0] != epoch:
+            self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.blocks)
+        rows = self.order[1][place * self.batch_size : (place + 1) * self.batch_size]
+        return self.text("train").pairs(rows * self.config.block, self.config.block)
+
+    def text(self, split: str) -> Text:
+        """The ids of a split as scoring takes them."""
+        return Text(self.corpus.splits[split].ids_N, self.corpus.start_id, self.eval_batch_size, self.device)
+
+    def size(self, batch: Batch) -> int:
+        """Blocks of a batch."""
+        return len(batch[0])
+
+    def part(self, batch: Batch, rows: slice) -> Batch:
+        """Some of them."""
+        return tuple(tokens[rows] for tokens in batch)
+
+    def targets(self, batch: Batch) -> int:
+        """Tokens that a batch predicts."""
+        return batch[1].numel()
+
+    def loss(self, model: LanguageModel, batch: Batch) -> Tensor:
+        """Mean nats of a batch."""
+        return model.loss(*batch)
+
+    def score(self, model: LanguageModel, split: str) -> float:
+        """Minus the mean nats of a split, each block alone."""
+        nats_N = finite(windowed(model, self.text(split), self.config.block), split)
+        return -float(nats_N.mean(dtype=np.float64))
+
+    def report(self, model: LanguageModel) -> Sequence[Metric]:
+        """Every metric of every scored split: those over blocks alone first."""
+        return [metric for split in self.corpus.splits if split != "train" for metric in self.metrics(model, split)]
+
+    def metrics(self, model: LanguageModel, split: str) -> list[Metric]:
+        """A split's perplexities: each block alone, with a context window, with the state carried; and the loss by position."""
+        config, text = self.config, self.text(split)
+        nats_N = finite(windowed(model, text, config.block), split)
+        found = self._of("", nats_N, split, windowed_card(self.card, "", config.block))
+        if config.window:
+            nats_N = finite(windowed(model, text, config.block, config.window), split)
+            found += self._of("_window", nats_N, split, windowed_card(self.card, "", config.block, config.window))
+        if config.carry and model.can_carry:
+            nats_N = finite(carried(model, text), split)
+            found += self._of("_carried", nats_N, split, carried_card(self.card, ""))
+        if config.curve and self.extrapolates:
+            found += self._curve(model, split)
+        return found
+
+    def _of(self, suffix: str, nats_N: Nats, split: str, card: Mapping[str, str]) -> list[Metric]:
+        """The sum of a split's nats, and what follows from it."""
+        part = self.corpus.splits[split]
+        sums = Sums.of(nats_N, part)
+        values = [("perplexity", sums.perplexity, "per token"), ("nats", sums.nats, "nats")]
+        values += [("word_perplexity", sums.word_perplexity, "per word"), ("bits_per_byte", sums.bits_per_byte, "bits per byte")]
+        if part.optimum_N is not None:
+            above = excess(nats_N, part)
+            values += [("excess_free", above.free.mean, "nats per token"), ("excess_recalled", above.recalled.mean, "nats per token")]
+        floors = {"perplexity": {"unigram": self.unigram[split]}}
+        return [
+            Metric(split, name + suffix, value, sums.tokens, floors.get(name, {}), unit, card=self._told(card, unit, part))
+            for name, value, unit in values
+            if value is not None
+        ]
+
+    def _told(self, card: Mapping[str, str], unit: str, part: TokenSplit) -> dict[str, str]:
+        """The card of one metric, with the optimum where it is known."""
+        known = {} if part.optimum_N is None else {"optimum": optimum(part)}
+        return {**card, "unit": unit, **known}
+
+    def _curve(self, model: LanguageModel, split: str) -> list[Metric]:
+        """The loss by position, a split of its own for each bin."""
+        bins, nats_N = by_position(model, self.text(split), self.config.curve, self.config.block)
+        finite(nats_N, split)
+        card = windowed_card(self.card, "nats per token", self.config.curve)
+        return [
+            Metric(f"{split}_to_{each.last}", "nats_per_token", each.sums.mean, each.sums.tokens, unit="nats per token", card=card)
+            for each in bins
+            if each.sums.mean is not None
+        ]
+
+    def details(self, model: LanguageModel) -> dict[str, Any]:
+        """What the trained model's recurrences do with the first blocks of the validation split."""
+        ids_N = self.corpus.splits["validation"].ids_N
+        blocks = min(PROBED_BLOCKS, len(ids_N) // self.config.block)
+        return probe(model, self.text("validation").pairs(np.arange(blocks) * self.config.block, self.config.block)[0]) if blocks else {}
+
+
+def _steps(corpus: Corpus, cell: Cell) -> tuple[int, int]:
+    """Steps of an epoch, and the whole blocks of the training split. Blocks that fill no batch wait for the next epoch's order."""
+    blocks = len(corpus.splits["train"].ids_N) // cell.data.block
+    return max(1, blocks // cell.train.batch_size), blocks
+
+
+def finite(nats_N: Nats, split: str) -> Nats:
+    """The same nats. DivergedError where one is not finite."""
+    if not np.isfinite(nats_N).all():
+        raise DivergedError(f"the loss on {split} data is not finite")
+    return nats_N
+
+
+def unigram_perplexities(corpus: Corpus) -> dict[str, float]:
+    """For each scored split the perplexity of the training split's frequencies, each id counted once more, so that none has none."""
+    counts_V = np.bincount(corpus.splits["train"].ids_N, minlength=corpus.vocab_size) + 1.0
+    nats_V = -np.log(counts_V / counts_V.sum())
+    return {name: round(float(np.exp(nats_V[split.ids_N].mean())), 2) for name, split in corpus.splits.items() if name != "train"}
+
+
+def optimum(split: TokenSplit) -> str:
+    """The least perplexity that can be expected of any model, in words."""
+    if split.optimum_N is None:
+        raise ValueError("the optimum of this text is not known")
+    nats = float(split.optimum_N.mean(dtype=np.float64))
+    return f"perplexity {np.exp(nats):.4f}, {nats:.4f} nats per token"

@@ -82,10 +82,16 @@ def _spread(command: Callable[[list[str], RunOptions], None]) -> Callable[..., N
     return spread
 
 
+WORDS_HELP = "key=value words; a comma is a sweep: suite=mqar model=hgrn2,gla seed=0,1; data_dir=DIR is the folder of your files"
+
+
 @app.command(name="run")
 @_spread
 def run(
-    words: Annotated[list[str], typer.Argument(help="key=value words; a comma is a sweep: suite=mqar model=hgrn2,gla seed=0,1")],
+    words: Annotated[
+        list[str],
+        typer.Argument(help=WORDS_HELP),
+    ],
     options: RunOptions,
 ) -> None:
     """Run a suite: plan, train, evaluate, print the table. Finished cells are not run again.
@@ -93,7 +99,6 @@ def run(
     Started by torchrun, all its processes work on one cell after another, each on a share of every batch.
     """
     from hgrn2_bench.matching import announce, resolve
-    from hgrn2_bench.plan import make_plan
     from hgrn2_bench.running import Run
     from hgrn2_bench.together import choose, follow
     from hgrn2_bench.trackers import check_tracker
@@ -102,7 +107,7 @@ def run(
         follow(_device(options.device))
         return
     check_tracker(options.track)
-    plan = make_plan(words, _device(options.device))
+    plan = _planned(words, options.device)
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)
     with _stoppable(), choose(plan.cells[0].device, plan.protocol.speed, options.workers) as executor:
@@ -124,10 +129,11 @@ def warm_command(
     workers: Annotated[int, typer.Option(help="Worker processes; 0 for one per core, as the GPU's memory allows.", min=0)] = 0,
 ) -> None:
     """Compile and tune the GPU kernels of a plan ahead of its run, in parallel over the host's cores."""
+    from hgrn2_bench.files import take_data_folder
     from hgrn2_bench.warm import warm
 
     with _stoppable():
-        well = warm(words, workers)
+        well = warm(take_data_folder(words), workers)
     sys.exit(0 if well else 1)
 
 
@@ -144,6 +150,18 @@ def _stoppable() -> Iterator[None]:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _planned(words: Sequence[str], device: str) -> "Plan":
+    """The plan of these words, after the folder of the user's data among them is known to the plan and to its workers."""
+    from hgrn2_bench.files import take_data_folder
+    from hgrn2_bench.plan import make_plan
+
+    settings = take_data_folder(words)
+    plan = make_plan(settings, _device(device))
+    if len(settings) < len(words) and plan.protocol.fingerprint is None:
+        raise ConfigError(f"data_dir has no effect on suite {plan.protocol.name}, which reads no files")
+    return plan
 
 
 def _device(name: str) -> str:

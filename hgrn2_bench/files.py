@@ -9,7 +9,10 @@ import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from hgrn2_bench.errors import ConfigError
+
 DATA, CACHE = "HGRN2_BENCH_DATA", "HGRN2_BENCH_CACHE"
+WORD = "data_dir="
 SAMPLE = 1 << 16
 """Bytes at each end of a file that go into its fingerprint, beside its size."""
 MOST_FILES = 1000
@@ -21,6 +24,21 @@ MAX_DEPTH = 4
 def data_folder() -> Path:
     """The user's data: HGRN2_BENCH_DATA, or `data` here."""
     return Path(os.environ.get(DATA, "data"))
+
+
+def take_data_folder(words: Sequence[str]) -> list[str]:
+    """The words without `data_dir=DIR`, whose folder becomes that of the user's data here and in processes that start from here.
+
+    A path is no setting: what is read is told by its fingerprint. ConfigError where there is no such folder.
+    """
+    others = [word for word in words if not word.startswith(WORD)]
+    given = [word.removeprefix(WORD) for word in words if word.startswith(WORD)]
+    for text in given:
+        folder = Path(text).expanduser()
+        if not folder.is_dir():
+            raise ConfigError(f"{WORD}{text}: no such folder")
+        os.environ[DATA] = str(folder.resolve())
+    return others
 
 
 def cache_folder(suite: str) -> Path:

@@ -17,7 +17,21 @@ from hgrn2_bench.plan import Cell, Plan, swept
 from hgrn2_bench.render import byte_count, count
 from hgrn2_bench.results import Row, archived
 
-COLUMNS = ("task", "model", "settings", "cells", "parameters", "non-embedding", "state", "steps", "train FLOPs", "time a cell (estimate)")
+COLUMNS = (
+    "task",
+    "model",
+    "settings",
+    "cells",
+    "parameters",
+    "non-embedding",
+    "state",
+    "steps",
+    "tokens",
+    "train FLOPs",
+    "time a cell (estimate)",
+)
+H100_FLOPS = 0.17 * 989e12
+"""What a training step of HGRN2 at 340M parameters and 2,048 tokens reached on an H100 (results/tables/throughput.md), of its bf16 peak."""
 
 
 def grouped(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -135,13 +149,14 @@ class Run:
         probe = first.device == "cpu" and not protocol.speed  # a step on 65,536 tokens of a large model takes a CPU an hour
         descriptions = self.describe(cells, probe)
         settings = {key: {k: v for k, v in each.items() if k != "lr"} for key, each in swept(cells).items()}
-        lines, seconds = [], 0.0
+        lines, seconds, flops = [], 0.0, 0.0
         for group in grouped(cells):
             head, (about, fault) = group[0], descriptions[group[0].key]
             total = tuning.count(group, protocol)
             left = total - sum(cell.key in self.finished for cell in tuning.required(group, self.finished, protocol))
             varied = ", ".join(f"{k}={written(v)}" for k, v in settings[head.key].items())
             seconds += left * (about.seconds or 0) if about else 0
+            flops += left * (about.train_flops_per_token or 0) * about.tokens if about else 0
             lines.append(
                 [head.task, head.model, varied, f"{total} ({left} to run)", *(_costs(about) if about else [f"cannot be built: {fault}"])]
             )
@@ -149,6 +164,9 @@ class Run:
         print(f"\n{tuning.count(cells, protocol)} cells, {first.device}, {first.dtype}; protocol version {first.protocol_version}")
         if probe:
             print(f"estimate without early stops: {duration(seconds / self.executor.count)} with {self.executor.crew}")
+        if not protocol.speed and flops:
+            hours = flops / H100_FLOPS / 3600
+            print(f"on one H100 {hours:.2g} GPU hours or more: {count(flops)} operations, at the rate of a 340M HGRN2's training step")
 
 
 def _costs(about: Any) -> list[Any]:
@@ -156,4 +174,4 @@ def _costs(about: Any) -> list[Any]:
     sizes = [count(about.parameters), count(about.non_embedding_parameters), byte_count(about.state_bytes)]
     flops = about.train_flops_per_token
     each = duration(about.seconds) if about.seconds is not None else "–"
-    return [*sizes, about.steps, count(flops and flops * about.tokens), each]
+    return [*sizes, about.steps, count(about.tokens), count(flops and flops * about.tokens), each]

@@ -4,7 +4,7 @@
     y_t = Re(C h_t) + D u_t
     out = W_1 gelu(y_t) * sigmoid(W_2 gelu(y_t))                  the block's gated linear unit, with biases
 
-The eigenvalues are stable by construction (section 3.3), and gamma is learned from what keeps the state's size (section 3.4):
+The eigenvalues are stable by construction, and gamma is learned from what keeps the state's size:
 
     lambda = exp(-exp(nu_log) + i exp(theta_log)),   gamma = exp(gamma_log)
     at the start  |lambda|^2 uniform in [r_min^2, r_max^2], phase uniform in [0, max_phase], gamma = sqrt(1 - |lambda|^2)

@@ -1,6 +1,6 @@
 """S4D: diagonal state space model, the same at every step (arXiv 2206.11893).
 
-Every channel has its own system of N complex states, one of each conjugate pair, in continuous time (the paper's section 2):
+Every channel has its own system of N complex states, one of each conjugate pair, in continuous time:
 
     h'(t) = A h(t) + B u(t),   y(t) = 2 Re(C h(t)) + D u(t)           A = -exp(log_A_real) + i A_imag
 
@@ -8,7 +8,7 @@ held constant over steps of length dt, one per channel (zero-order hold), and re
 
     h_t = exp(dt A) h_{t-1} + A^-1 (exp(dt A) - 1) B u_t,   y_t = 2 Re(C h_t) + D u_t
 
-Starting values (section 4; P = 2 N = `d_state`, n = 0 .. N - 1), with real part -1/2, B = 1 and C standard normal:
+Starting values (P = 2 N = `d_state`, n = 0 .. N - 1), with real part -1/2, B = 1 and C standard normal:
 
     init=lin     A_imag_n = pi n
     init=inv     A_imag_n = P / pi (P / (2 n + 1) - 1)

@@ -20,7 +20,7 @@ from hgrn2_bench.console import Monitor, names
 from hgrn2_bench.contract import BrokenPromiseError, DoesNotApplyError, Subject, loss_of
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.executor import LocalExecutor, default_workers
-from hgrn2_bench.lines import beats_floors
+from hgrn2_bench.lines import beats_floors, floors_of
 from hgrn2_bench.model import mixer_spec
 from hgrn2_bench.plan import Cell
 from hgrn2_bench.render import count
@@ -229,7 +229,7 @@ def _learning(cell: Cell, others: Sequence[Cell]) -> str:
     if mine.value is None:
         raise BrokenPromiseError(f"{mine.status} after {mine.steps} steps of {mine.task}: {mine.reason}")
     beside = ", ".join(f"{row.model} {row.status if row.value is None else f'{row.value:.3f}'}" for row in rest)
-    floors = ", ".join(f"{name} {value:.3f}" for name, value in mine.floors.items())
+    floors = ", ".join(f"{name} {value:.3f}" for name, value in floors_of(mine).items())
     told = f"{mine.metric} {mine.value:.3f} on {mine.task} after {mine.steps} steps (floors: {floors}; {beside})"
     if beats_floors(mine.value, mine):
         return f"{told}: it learned"

@@ -402,7 +402,7 @@ def doctor(results: Results = DEFAULT_RESULTS) -> None:
 def data_command(
     suite: Annotated[str, typer.Argument(help="A suite that reads data, such as lra.")],
     action: Annotated[str, typer.Argument(help="check: what a folder holds, what is wrong with it, and how to repair it.")],
-    folder: Annotated[Path, typer.Argument(help="The folder of the data.")],
+    folder: Annotated[Path | None, typer.Argument(help="The folder of the data; HGRN2_BENCH_DATA, else data, where none is given.")] = None,
 ) -> None:
     """Look at a suite's data in a folder: what is there, whole or not, and how to repair it. Changes nothing."""
     from hgrn2_bench.datacheck import check_data

@@ -24,6 +24,7 @@ from hgrn2_bench.lines import (
     chosen_on,
     commits,
     comparable,
+    floors_of,
     learned,
     looks_ahead,
     place_of,
@@ -268,7 +269,7 @@ class _Names:
             words = [f"{key.removeprefix(f'{row.model}.')} {short(settings.get(key))}" for key in self.varying[row.model]]
             words += ["not causal"] if looks_ahead(row) else []
             curves[row.model, ", ".join(words)].append(point)
-            for name, value in row.floors.items():
+            for name, value in floors_of(row).items():
                 floors[name][point.x] = value
         made = [Curve(*key, tuple(sorted(curves[key], key=lambda p: p.x))) for key in sorted(curves, key=lambda k: (k[0], natural(k[1])))]
         sign = -1 if points[0].line.first.higher_is_better else 1

@@ -288,11 +288,22 @@ def commits(rows: Iterable[Row]) -> str:
     return ", ".join(sorted({row.commit[:10] + ("+changes" if row.dirty else "") for row in rows}))
 
 
+def floors_of(row: Row) -> Mapping[str, float]:
+    """Values that need no learning, by name: those of the row, and of two classes the share of the one that is rarer in training.
+
+    A model that gives one answer to all gives either; where the test data happen to hold more of the rarer class, that floor counts.
+    """
+    majority = row.floors.get("majority", 1.0)
+    rarer = {"minority": round(1 - majority, 4)} if row.floors.get("chance") == 0.5 > majority else {}
+    return {**row.floors, **rarer}
+
+
 def beats_floors(value: float, row: Row) -> bool:
     """Whether a value beats every floor of its row by more than twice the floor's standard error."""
-    if not math.isfinite(value) or not row.floors:
+    floors = floors_of(row).values()
+    if not math.isfinite(value) or not floors:
         return math.isfinite(value)
-    floor = max(row.floors.values()) if row.higher_is_better else min(row.floors.values())
+    floor = max(floors) if row.higher_is_better else min(floors)
     error = (floor * (1 - floor) / max(1, row.num_items)) ** 0.5 if 0 < floor < 1 else 0.0
     return value > floor + 2 * error if row.higher_is_better else value < floor - 2 * error
 

@@ -6,7 +6,6 @@ Layers, later ones winning key by key: schema defaults, the preset's words, the 
 
 import dataclasses
 import hashlib
-import importlib.util
 import itertools
 import json
 import shlex
@@ -15,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hgrn2_bench import provenance, registry
+from hgrn2_bench.backends import resolve_backend
 from hgrn2_bench.config import PLAN_KEYS, CellConfig, MatchConfig, ModelConfig, TrainConfig, Word, convert, parse_words, schema_of, written
 from hgrn2_bench.errors import ConfigError, unknown
 from hgrn2_bench.protocol import Preset, Protocol
 
-BACKENDS = ("reference", "chunked", "fla")
 MATCH_KEYS = tuple(f.name for f in dataclasses.fields(MatchConfig))
 NO_SIGNS = "write plain {}=value; Hydra's signs +, ~ and @ mean nothing here"
 
@@ -324,6 +323,7 @@ class _CellMaker:
         if self.protocol.fingerprint is not None:
             built["data"] = dataclasses.replace(built["data"], fingerprint=self.protocol.fingerprint(built["data"]))
         task = self.protocol.name_task(built["data"])
+        self._check_order(built["model_config"], built["data"], task, mixers)
         return Cell(
             suite=self.protocol.name,
             protocol_version=self.protocol.version,
@@ -341,6 +341,14 @@ class _CellMaker:
             machine=provenance.device_name(self.device) if self.protocol.speed else "",
             **built,
         )
+
+    def _check_order(self, config: ModelConfig, data: Any, task: str, mixers: Sequence[registry.Model]) -> None:
+        """ConfigError for an order of reading that the task does not have; a note where a model cannot know any."""
+        if config.scan.startswith("2d") and not (self.protocol.has_images and self.protocol.has_images(data)):
+            raise ConfigError(f"scan={config.scan} needs images: {task} gives sequences, without height and width")
+        sees_all = config.scan != "causal" and all(each.facts.get("family") == "softmax" for each in mixers)
+        if sees_all and config.positions == "none" and not config.conv:
+            self.notes.append(f"{self.model.name} with scan={config.scan} and positions=none cannot know the order of its tokens")
 
     def _command(self, values: Mapping[str, Any], axes: Mapping[str, tuple[Any, ...]], seed: int) -> str:
         """The words that give exactly this cell: the user's own and every swept value."""
@@ -384,25 +392,3 @@ def _own(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values that are fields of `schema`."""
     names = {f.name for f in dataclasses.fields(schema)}
     return {k: v for k, v in values.items() if k in names}
-
-
-def resolve_backend(name: str, device: str, *mixers: registry.Model) -> str:
-    """Turn `auto` into the backend that every row records; ConfigError where the choice cannot run. Never falls back quietly.
-
-    All mixers of a cell must have it, but for those without a recurrence: they run beside any, and without one the first decides.
-    """
-    recurrent = [each for each in mixers if each.facts.get("family")]
-    offers = {each.name: tuple(each.facts.get("backends", BACKENDS)) for each in recurrent or mixers[:1]}
-    common = [backend for backend in next(iter(offers.values())) if all(backend in offered for offered in offers.values())]
-    if name == "auto" and common:
-        name = "fla" if device == "cuda" and "fla" in common else "chunked" if "chunked" in common else common[0]
-    for each, offered in offers.items():
-        if name not in (*offered, "auto"):
-            raise ConfigError(f"backend={name}: {each} has only {', '.join(offered)}")
-    if name == "auto":
-        raise ConfigError(f"no backend is common to {', '.join(offers)}")
-    if name == "fla" and device != "cuda":
-        raise ConfigError("backend=fla needs a CUDA device; use backend=chunked")
-    if name == "fla" and importlib.util.find_spec("fla") is None:
-        raise ConfigError("CUDA runs need fla: pip install flash-linear-attention, or pass backend=chunked")
-    return name

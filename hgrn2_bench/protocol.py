@@ -73,6 +73,8 @@ class Protocol:
 
     ConfigError where there are none.
     """
+    has_images: Callable[[Any], bool] | None = None
+    """Whether items of these data settings have height and width, which two-dimensional scans need; None where no task has."""
     tuned: tuple[str, ...] = ("lr",)
     """Keys of the tuning grid: the table reports the best value of each, chosen on the selection split."""
     budget: tuple[str, ...] = ()

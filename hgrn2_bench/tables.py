@@ -22,6 +22,7 @@ from hgrn2_bench.lines import (
     chosen_on,
     commits,
     comparable,
+    floors_of,
     learned,
     looks_ahead,
     settings_of,
@@ -204,7 +205,8 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
     rows = [run.row for line in lines for run in line.runs]
     first = lines[0].first
     notes = []
-    floors = {name: [row.floors[name] for row in rows if name in row.floors] for row in rows for name in row.floors}
+    each_row = [floors_of(row) for row in rows]
+    floors = {name: [found[name] for found in each_row if name in found] for row in each_row for name in row}
     if floors:
         ends = {name: dict.fromkeys(f"{value:.3f}" for value in (min(found), max(found))) for name, found in floors.items()}
         notes.append("floors: " + "; ".join(f"{name} {' to '.join(each)}" for name, each in ends.items()))

@@ -48,9 +48,10 @@ def decay_case(
     start: bool = True,
     rate: float = 1.0,
     drops: tuple[int, ...] = (),
+    B: int = 2,
 ) -> Case:
     """Inputs of a matrix state: `scalar` or per-channel log decay times `rate`, -60 at the steps `drops`; `start` gives a state."""
-    B, H, V = 2, 2, K if V is None else V
+    H, V = 2, K if V is None else V
     torch.manual_seed(0)
     q_BTHK, k_BTHK, v_BTHV = torch.randn(B, T, H, K), torch.randn(B, T, H, K), torch.randn(B, T, H, V)
     log_f = rate * F.logsigmoid(torch.randn((B, T, H) if scalar else (B, T, H, K)))
@@ -91,12 +92,13 @@ def low_rank_case(
     rate: float = 1.0,
     drops: tuple[int, ...] = (),
     bounded: bool = False,
+    B: int = 1,
 ) -> Case:
     """Inputs of a diagonal plus low-rank transition as RWKV7 has: a of unit length, b = -a times a rate per channel.
 
     The log decays are multiplied by `rate` and -60 at the steps `drops`; with `bounded` they keep RWKV7's bound instead.
     """
-    B, H, V = 1, 2, K if V is None else V
+    H, V = 2, K if V is None else V
     torch.manual_seed(0)
     q_BTHK, k_BTHK, v_BTHV = torch.randn(B, T, H, K), torch.randn(B, T, H, K), torch.randn(B, T, H, V)
     a_BTHK = F.normalize(torch.randn(B, T, H, K), dim=-1)

@@ -60,6 +60,7 @@ LIGHT = (
     "protocol",
     "registry",
     "plan",
+    "backends",
     "matching",
     "fairness",
     "results",

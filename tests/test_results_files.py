@@ -1,5 +1,7 @@
 """The rows and tables that the repository keeps: readable, clean, and made from each other."""
 
+import json
+import lzma
 import statistics
 import subprocess
 import sys
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hgrn2_bench.lines import best_lines, comparable
+from hgrn2_bench.lines import best_lines, comparable, learned
 from hgrn2_bench.registry import protocol, suites
 from hgrn2_bench.render import render
 from hgrn2_bench.results import find_rows
@@ -81,6 +83,46 @@ def test_readme_shows_the_milliseconds_of_throughput_short():
     for name, times in found.items():
         values = [f"{1e3 * statistics.median(times[kind, T]):.3g}" for kind, ts in lengths.items() for T in ts]
         assert f"| {name} | {' | '.join(values)} |" in readme
+
+
+def test_readme_shows_the_accuracies_and_seconds_of_lra_short():
+    """Model, then for each task accuracy and seconds without compiling, (2) beside one other cell."""
+    readme, found = (ROOT / "README.md").read_text(), {}
+    for part in comparable([row for row in find_rows(RESULTS, "lra")[0] if row.preset == "short"], protocol("lra"), "accuracy"):
+        for line in best_lines(part.runs, protocol("lra")):
+            row = line.first
+            value = f"{row.value:.3f}" if learned(line) else "not learned"
+            pair = " (2)" * (row.workers == 2)
+            found.setdefault(row.model, {})[row.task] = f"{value}, {row.wall_s - row.compile_s:.0f} s{pair}"
+    assert len(found) == 4
+    for model, cells in found.items():
+        values = [cells[task] for task in ("listops-500", "text", "image-jpeg", "pathfinder-6")]
+        assert f"| {model} | {' | '.join(values)} |" in readme
+
+
+def test_readme_shows_the_step_of_path_x():
+    """Model, starred where other cells ran beside it, milliseconds, peak memory in GB."""
+    readme, models = (ROOT / "README.md").read_text(), set()
+    for row in find_rows(RESULTS, "lra")[0]:
+        if row.preset == "standard":
+            models.add(row.model)
+            assert f"| {row.model}{'*' * (row.workers > 1)} | {1e3 * row.step_s:.0f} | {row.peak_bytes / 1e9:.1f} |" in readme
+    assert len(models) == 18
+
+
+def test_kept_curves_belong_to_the_kept_rows():
+    """One curve for each cell of preset short, up to its last step; its last validation score is that of the row."""
+    rows = {row.cell: row for row in find_rows(RESULTS, "lra")[0] if row.preset == "short" and row.split == "validation"}
+    curves = {}
+    for line in lzma.decompress((RESULTS / "curves/lra_short_h100.jsonl.xz").read_bytes()).splitlines():
+        record = json.loads(line)
+        curves.setdefault(record["cell"], []).append(record)
+    assert curves.keys() == rows.keys()
+    for cell, records in curves.items():
+        row, scores = rows[cell], [record["validation_score"] for record in records if "validation_score" in record]
+        assert {(record["task"], record["model"]) for record in records} == {(row.task, row.model)}
+        assert max(record["step"] for record in records) == row.steps
+        assert scores[-1] == pytest.approx(row.value, abs=1e-4)
 
 
 def test_table_command_prints_the_kept_tables(tmp_path):

@@ -29,6 +29,7 @@ from hgrn2_bench.ops.families import (
     ScalarDecayInputs,
     SlotInputs,
     State,
+    over_time,
 )
 
 # Triton multiplies matrices of at least 16 rows and columns, and in half precision fla refuses the gradient of a scalar decay where K or
@@ -40,7 +41,11 @@ MAX_SCANNED = 4
 """Heads of at most so many keys and values are scanned as the K x V numbers they are. On an H100 (B=128, T=1024, D=128, forward and
 backward, bf16) heads of 1 took 2.0 ms in place of 50 padded to 16, and 0.7 GB in place of 19; heads of 8 are the faster padded."""
 
+MAX_GRID = 65_535
+"""Blocks that CUDA takes along a launch's second or third axis, where fla's chunk kernels have one for each head of each sequence."""
+
 MatrixInputs = DecayInputs | ScalarDecayInputs | DeltaInputs | DiagonalLowRankInputs
+HeadInputs = MatrixInputs | SlotInputs
 
 _KERNELS = {
     "per_channel_decay": ("fla.ops.gla", "chunk_gla"),
@@ -62,6 +67,33 @@ _TOKEN_KERNELS = {
 """For one token. They multiply no matrices on tensor cores, so they take every head dimension, and any number of slots."""
 
 
+Recurrence = Callable[[Any, State | None], tuple[Tensor, State]]
+
+
+def in_parts(run: Recurrence) -> Recurrence:
+    """`run`, a chunk kernel's recurrence over heads, on parts of the batch one after another where the whole exceeds `MAX_GRID`.
+
+    Two-dimensional scans do: every line of every image is a sequence, once for each direction.
+    """
+
+    @functools.wraps(run)
+    def in_turn(inputs: HeadInputs, state: State | None) -> tuple[Tensor, State]:
+        B, _, H, _ = inputs.v_BTHV.shape
+        if B * H <= MAX_GRID or _is_token(inputs) or _is_scanned(inputs):  # what else runs has its sequences on the first axis
+            return run(inputs, state)
+        most = MAX_GRID // H
+        done = [run(*_part(inputs, state, slice(start, start + most))) for start in range(0, B, most)]
+        return torch.cat([o for o, _ in done]), tuple(map(torch.cat, zip(*(final for _, final in done), strict=True)))
+
+    return in_turn
+
+
+def _part(inputs: OpInputs, state: State | None, rows: slice) -> tuple[OpInputs, State | None]:
+    """Some rows of the batch."""
+    return over_time(inputs, lambda x: x[rows]), None if state is None else tuple(x[rows] for x in state)
+
+
+@in_parts
 def per_channel_decay(inputs: DecayInputs, state: State | None) -> tuple[Tensor, State]:
     """GLA's chunk kernel (arXiv 2312.06635, section 4): o (B, T, H, V), state (S_BHKV,) in fp32; the tiniest heads go to HGRN's scan."""
     if _is_scanned(inputs):
@@ -69,11 +101,13 @@ def per_channel_decay(inputs: DecayInputs, state: State | None) -> tuple[Tensor,
     return _matrix_state(inputs, (_fitted(inputs, inputs.log_f_BTHK.float(), 1),), state)
 
 
+@in_parts
 def scalar_decay(inputs: ScalarDecayInputs, state: State | None) -> tuple[Tensor, State]:
     """The chunk kernel for one decay per head (Mamba2, arXiv 2405.21060, section 6): o (B, T, H, V), state (S_BHKV,) in fp32."""
     return _matrix_state(inputs, (inputs.log_f_BTH.float(),), state)
 
 
+@in_parts
 def delta_rule(inputs: DeltaInputs, state: State | None) -> tuple[Tensor, State]:
     """The chunk kernels of Gated DeltaNet and DeltaNet (arXiv 2412.06464, 2406.06484): o (B, T, H, V), state (S_BHKV,) in fp32.
 
@@ -86,6 +120,7 @@ def delta_rule(inputs: DeltaInputs, state: State | None) -> tuple[Tensor, State]
     return _matrix_state(inputs, (log_f_BTH,), state, beta=beta_BTH)
 
 
+@in_parts
 def diagonal_low_rank(inputs: DiagonalLowRankInputs, state: State | None) -> tuple[Tensor, State]:
     """The chunk kernel of RWKV7 (arXiv 2503.14456): o (B, T, H, V), state (S_BHKV,) in fp32.
 
@@ -97,6 +132,7 @@ def diagonal_low_rank(inputs: DiagonalLowRankInputs, state: State | None) -> tup
     return _matrix_state(inputs, (a, b, _fitted(inputs, inputs.log_f_BTHK.float(), 1)), state, **options)
 
 
+@in_parts
 def gated_slots(inputs: SlotInputs, state: State | None) -> tuple[Tensor, State]:
     """GSA's chunk kernel (arXiv 2409.07146): o (B, T, H, V), state (slots_k_BHMK, slots_v_BHMV) in fp32."""
     K, V, M, dtype = inputs.k_BTHK.shape[-1], inputs.v_BTHV.shape[-1], inputs.s_BTHM.shape[-1], inputs.v_BTHV.dtype

@@ -1,4 +1,4 @@
-"""`data lra check DIR`: what a folder holds of the Long Range Arena, whether it is whole, and how to repair it. Changes nothing.
+"""`data lra check [DIR]`: what a folder holds of the Long Range Arena, whether it is whole, and how to repair it. Changes nothing.
 
 Expected numbers: the published files (see the readers), where a number is the literature's only a difference is a note.
 """
@@ -14,14 +14,13 @@ import numpy as np
 from hgrn2_bench.doctor import NOTE, OK, PROBLEM, Finding, counted
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.rows import parquet_rows
-from suites.lra import images, retrieval, text
+from suites.lra import images, listops, retrieval, text
 from suites.lra.characters import count_vocabulary
 from suites.lra.check_pathfinder import check_pathfinder
 from suites.lra.formats import grey
 from suites.lra.places import CLASSES, EXPECTED, Place, locate
 
 COPY_AGAIN = "copy or unpack it again from its source"
-LISTOPS_COUNTS = {"train": 96_000, "val": 2_000, "test": 2_000}
 LISTOPS_HEADER = b"Source\tTarget"
 LISTOPS_BRACKETS = ((b"[", b"]"), (b"(", b")"))
 TEXT_DUPLICATES = (96, 199, 123)
@@ -85,7 +84,7 @@ def order_findings(place: Place, split: str, labels: Sequence[int] | np.ndarray,
 
 
 def _listops(place: Place) -> Iterator[Finding]:
-    for split, expected in LISTOPS_COUNTS.items():
+    for split, expected in listops.COUNTS.items():
         (path,) = place.of(split)
         number, faults, end = 0, [], b"\n"
         with path.open("rb") as file:

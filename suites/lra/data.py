@@ -10,20 +10,11 @@ import numpy as np
 
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.files import cache_folder, data_folder
-from suites.lra import listops, pathfinder, readers, shards, standins
+from suites.lra import images, listops, listops_ids, pathfinder, pathfinder_files, readers, retrieval, shards, standins, text
 from suites.lra.items import Split, Texts
 from suites.lra.places import find
 from suites.lra.protocol import LRAConfig
 
-SIZES = {
-    # items of train, validation and test: state-spaces/s4, files of the archive
-    "listops": (96_000, 2_000, 2_000),
-    "text": (25_000, 25_000, 25_000),
-    "retrieval": (147_086, 18_090, 17_437),
-    "image": (45_000, 5_000, 10_000),
-    "pathfinder": (160_000, 20_000, 20_000),
-    "pathx": (160_000, 20_000, 20_000),
-}
 HELD_OUT = 0.1
 """Of text's training data, where an honest validation split is asked for."""
 DATA_SEED = 0
@@ -62,9 +53,23 @@ class Data:
         return digest.hexdigest()[:16]
 
 
+def published_sizes(dataset: str) -> tuple[int, int, int]:
+    """Items of train, validation and test as published, from what the files must hold; text's test data are its validation data too."""
+    whole = {"listops": listops.COUNTS, "text": text.COUNTS, "retrieval": retrieval.COUNTS, "image": images.COUNTS}
+    if dataset not in whole:
+        number = pathfinder_files.COUNT
+        held_out = int(number * pathfinder_files.PathfinderOptions().held_out)
+        return number - 2 * held_out, held_out, held_out
+    counts = whole[dataset]
+    if dataset == "image":
+        train = int(counts["train"] * (1 - images.ImageOptions().val_split))
+        return train, counts["train"] - train, counts["test"]
+    return counts["train"], counts.get("val", counts["test"]), counts["test"]
+
+
 def sizes(config: LRAConfig) -> dict[str, int]:
     """Items of each split that a configuration asks for, known without the data."""
-    train, validation, test = SIZES[config.dataset]
+    train, validation, test = published_sizes(config.dataset)
     if config.dataset == "text" and config.validation == "split":
         validation = int(train * HELD_OUT)
         train -= validation
@@ -86,7 +91,7 @@ def load(config: LRAConfig) -> Data:
 def vocab_size(config: LRAConfig) -> int:
     """Ids of a task of tokens; of real text they are counted in its training data."""
     if config.dataset == "listops":
-        return len(listops.TOKENS) + len(listops.SPECIALS)
+        return len(listops.TOKENS) + len(listops_ids.SPECIALS)
     return standins.VOCABULARY if config.source == "standin" else load(config).splits["train"].vocab_size
 
 
@@ -94,7 +99,7 @@ def _read(config: LRAConfig) -> Data:
     """The user's files; a part of a split is drawn by the split's own seed."""
     root, wanted = data_folder(), {"val" if name == "validation" else name: count for name, count in sizes(config).items()}
     if config.dataset == "listops":
-        return Data(_named(listops.splits(listops.read(find(root, "listops").folder), config.longest, wanted)))
+        return Data(_named(listops_ids.splits(listops.read(find(root, "listops").folder), config.longest, wanted)))
     options: dict[str, dict[str, object]] = {
         "text": {"max_length": config.longest, "val_split": HELD_OUT if config.validation == "split" else 0.0},
         "retrieval": {"max_length": config.longest},
@@ -115,7 +120,7 @@ def _generate(config: LRAConfig) -> Data:
     wanted, workers = sizes(config), len(os.sched_getaffinity(0))
     if config.dataset == "listops":
         task = listops.ListOps(config.min_tokens, config.max_tokens, config.max_depth)
-        return Data(_named(listops.splits(listops.generate(task, DATA_SEED, wanted, cache_folder("lra"), workers), config.longest)))
+        return Data(_named(listops_ids.splits(listops.generate(task, DATA_SEED, wanted, cache_folder("lra"), workers), config.longest)))
     drawn = pathfinder.parameters(config.resolution, config.contour_length)
     key = {"version": PATHFINDER_VERSION, "resolution": config.resolution, "contour_length": config.contour_length, "seed": DATA_SEED}
     make = functools.partial(pathfinder.draw_many, drawn, DATA_SEED)

@@ -139,6 +139,7 @@ PROTOCOL = Protocol(
     data_schema=LRAConfig,
     name_task=name_task,
     fingerprint=fingerprint,
+    has_images=lambda config: config.dataset not in WORDS,
     presets=PRESETS,
     budget=("train_examples", "scan", "norm", "colour", "augment", "validation", "mask_padding"),
     idle=("fingerprint", "softmax", "cutoffs"),

@@ -26,6 +26,8 @@ ROUND, LENGTHS = 64, 16
 holds a recorded step. Padding that is read as text ends with the longest text, as in the published runs."""
 WINDOW = 50
 """Batches whose texts are sorted by length together."""
+EVAL_TOKENS = 1 << 18
+"""Tokens that a model reads at once where it is scored: both documents of a pair count, and a text read both ways counts twice."""
 CROP_MARGIN = 4
 NORMAL = {
     # mean and standard deviation per channel of pixels in 0 .. 1: state-spaces/s4 for grey, OpenNLPLab/lra for colour
@@ -120,6 +122,7 @@ class Runner:
         self.config: LRAConfig = cell.data
         self.data: Data = load(self.config)
         self.splits = {name: Items(split, self.config, cell.device) for name, split in self.data.splits.items()}
+        self.ways = 1 if cell.model_config.scan == "causal" else 2
         self.batch_size, self.eval_batch_size, self.seed = cell.train.batch_size, cell.train.eval_batch_size, cell.seed
         self.data_hash, self.truncated, self.skipped = self.data.hash, self.data.truncated, self.data.skipped
         self.steps_per_epoch = max(1, len(self.splits["train"]) // self.batch_size)
@@ -213,15 +216,27 @@ class Runner:
         """The share of a split's items that the model classifies right, every item scored. DivergedError where logits are not finite."""
         items = self.splits[split]
         right, sound = torch.zeros((), dtype=torch.int64, device=items.device), torch.ones((), dtype=torch.bool, device=items.device)
-        order_N = np.argsort(items.lengths_N, kind="stable")
-        for start in range(0, len(items), self.eval_batch_size):
-            inputs, lengths_B, labels = _unpacked(items.batch(order_N[start : start + self.eval_batch_size]))
+        for inputs, lengths_B, labels in self._scored(items):
             logits = model.logits(inputs, lengths_B)
             sound &= torch.isfinite(logits).all()
             right += (logits.argmax(-1) == labels).sum()
         if not sound:
             raise DivergedError(f"logits on {split} data are not finite")
         return Metric(split, "accuracy", right.item() / len(items), len(items), self._floors(split))
+
+    def _scored(self, items: Items) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+        """Inputs, lengths and labels of a split by length, of at most EVAL_TOKENS or one item.
+
+        Batches of `eval_batch_size` are padded first and then cut: padding that is read as text does not depend on the cut.
+        """
+        order_N = np.argsort(items.lengths_N, kind="stable")
+        for start in range(0, len(items), self.eval_batch_size):
+            batch = items.batch(order_N[start : start + self.eval_batch_size])
+            inputs, labels_B = batch[0], batch[-1]
+            tokens = self.ways * inputs.shape[0] * inputs.shape[1] // len(labels_B)
+            most = max(1, EVAL_TOKENS // tokens)
+            for first in range(0, len(labels_B), most):
+                yield _unpacked(self.part(batch, slice(first, first + most)))
 
     def _floors(self, split: str) -> Mapping[str, float]:
         """Accuracy of the class that is most frequent in training, and of guessing, which is more where few items were drawn."""

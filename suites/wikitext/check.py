@@ -1,4 +1,4 @@
-"""`data wikitext check DIR`: what a folder holds of WikiText-103 and other texts, whether it is whole, the remedy. Changes nothing."""
+"""`data wikitext check [DIR]`: what a folder holds of WikiText-103 and other texts, whether it is whole, the remedy. Changes nothing."""
 
 from collections.abc import Iterator
 from pathlib import Path

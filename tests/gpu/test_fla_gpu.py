@@ -1,7 +1,7 @@
 """The fla adapter's compiled kernels against the reference on a CUDA device: outputs, final states and every gradient."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -17,16 +17,18 @@ from fla_cases import (
     diagonal_case,
     errors,
     layer_errors,
+    leaf,
     linear_loss_errors,
     loss_errors,
     low_rank_case,
     results,
     slot_case,
     to,
+    wide,
 )
 
 from hgrn2_bench.ops import families, fla
-from hgrn2_bench.ops.families import DecayInputs, ScalarDecayInputs
+from hgrn2_bench.ops.families import DecayInputs, OpInputs, ScalarDecayInputs, State
 
 pytestmark = [
     pytest.mark.gpu,
@@ -179,6 +181,36 @@ def test_cross_entropy_matches_torch(vocab_size: int, dtype: torch.dtype) -> Non
 def test_linear_cross_entropy_matches_torch(dtype: torch.dtype) -> None:
     found = linear_loss_errors(dtype, device="cuda")
     assert all(error < TOLERANCES[dtype] for error in found.values()), found
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "diagonal_scan"])
+def test_more_heads_and_sequences_than_a_launch_takes(family: str) -> None:
+    """70,000 of them, where a launch takes 65,535: 35 sequences of two heads, a thousand times."""
+    inputs, state = on_gpu(FAMILIES[family](64, 16, B=35))
+    want = summed(to(inputs, wide), tuple(map(wide, state or ())), "reference", has_gradient(family))
+    many = to(inputs, thousandfold), tuple(map(thousandfold, state or ()))
+    for name, tensor in summed(*many, "fla", has_gradient(family)).items():
+        expected = thousandfold(want[name])
+        error = (wide(tensor) - expected).norm() / expected.norm()
+        assert error < TOLERANCES[torch.float32], (name, error.item())
+
+
+def thousandfold(x: torch.Tensor) -> torch.Tensor:
+    return x.repeat(1000, *[1] * (x.ndim - 1))
+
+
+def summed(inputs: OpInputs, state: State, backend: str, gradients: bool) -> dict[str, torch.Tensor]:
+    """Output, final state, and the gradients of the sum of both: that of a sequence does not depend on how many there are."""
+    leaves = {f.name: leaf(x) for f in fields(inputs) if isinstance(x := getattr(inputs, f.name), torch.Tensor)}  # type: ignore[arg-type]
+    start = {f"start{i}": leaf(x) for i, x in enumerate(state)}
+    with torch.set_grad_enabled(gradients):
+        o, final = families.run(replace(inputs, **leaves), backend, tuple(start.values()))  # type: ignore[type-var]
+    found = {"o": o.detach()} | {f"final{i}": x.detach() for i, x in enumerate(final)}
+    if gradients:
+        named = leaves | start
+        grads = torch.autograd.grad(sum((x.sum() for x in final), o.sum()), list(named.values()))
+        found |= {f"d{name}": grad for name, grad in zip(named, grads, strict=True)}
+    return found
 
 
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.startswith("conv")])

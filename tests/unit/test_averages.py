@@ -24,8 +24,8 @@ def average(*groups):
 
 
 def test_every_task_counts_alike_and_seeds_are_means():
-    found = average(rows("gla", a=[0.2, 0.4], b=[0.9]))["gla"]
-    assert found == {"a": "0.300", "b": "0.900", "average": "0.600", "why there is none": ""}
+    found = average(rows("gla", a=[0.5, 0.7], b=[0.9]))["gla"]
+    assert found == {"a": "0.600", "b": "0.900", "average": "0.750", "why there is none": ""}
 
 
 def test_a_missing_task_leaves_the_average_blank():
@@ -40,6 +40,18 @@ def test_several_settings_of_a_task_have_no_average():
     found = average(rows("gla", a=[0.2], b=[0.4]), other)["gla"]
     assert found["why there is none"] == "several settings of a"
     assert found["average"] == ""
+
+
+def test_a_mean_at_the_floor_is_marked():
+    floors = {"floors": {"chance": 0.5, "majority": 0.48}}
+    table = make_tables([*run(0.52, model="gla", task="a", settings={"dataset": "a"}, **floors), *rows("gla", b=[0.9])], OF)[-1]
+    assert table.lines == (("gla", "0.520†", "0.900", "0.710", ""),)
+    assert table.notes[-1] == "† not learned in this budget"
+
+
+def test_one_task_alone_makes_no_table_of_averages():
+    (table,) = make_tables(rows("gla", a=[0.7]), OF)
+    assert "average" not in table.title
 
 
 def test_a_suite_without_an_average_has_no_such_table():

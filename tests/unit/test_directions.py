@@ -415,5 +415,5 @@ def test_a_mixer_with_a_forward_of_its_own_reads_in_one_order() -> None:
 
 def test_check_looks_at_no_image() -> None:
     with pytest.raises(ConfigError, match="scan=2d_series needs images: check looks at scan=causal and scan=both"):
-        check.layers_of(cell("model=hgrn2", "scan=2d_series"))
+        check.layers_of(make_plan(["suite=lra", "task=image", "model=hgrn2", "scan=2d_series"], "cpu").cells[0])
     assert check.layers_of(cell("model=hgrn2", "scan=both"))[0].spec.scan == "both"

@@ -13,7 +13,8 @@ import pytest
 from hgrn2_bench.errors import ConfigError
 from suites.lra import listops
 from suites.lra.items import Texts
-from suites.lra.listops import FIRST_OPERATOR, TOKENS, Examples, ListOps, Vocabulary, evaluate, expression, tokenize
+from suites.lra.listops import FIRST_OPERATOR, TOKENS, Examples, ListOps, evaluate, expression, tokenize
+from suites.lra.listops_ids import Vocabulary, splits
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHORT = ListOps(100, 500, 6)
@@ -218,7 +219,7 @@ def test_more_expressions_than_there_are_is_an_error(tmp_path, monkeypatch):
 
 
 def test_splits_end_with_eos_and_nothing_is_cut():
-    made = listops.splits({"train": published(), "val": examples_of(listops.make(ListOps(), 1, range(5)))})
+    made = splits({"train": published(), "val": examples_of(listops.make(ListOps(), 1, range(5)))})
     vocabulary = Vocabulary.of(published())
     for examples, split in ((published(), made["train"]), (examples_of(listops.make(ListOps(), 1, range(5))), made["val"])):
         assert (split.truncated, split.skipped, split.labels_N.dtype, split.inputs.ids_S.dtype) == (0, {}, np.int64, np.uint8)
@@ -237,7 +238,7 @@ def test_what_is_longer_than_the_limit_is_cut_counted_and_still_ends_with_eos():
     words = ["[MAX 1 2 3 4 5 ]", "[MIN 1 2 3 4 5 6 ]", "3", "[SM [MAX 1 2 ] [MIN 3 4 ] ]"]
     lengths = [len(tokenize(text)) for text in words]
     codes = np.frombuffer(b"".join(map(tokenize, words)), np.uint8)
-    split = listops.splits({"train": Examples(Texts(codes, np.cumsum(lengths)), np.zeros(4, np.uint8))}, 8)["train"]
+    split = splits({"train": Examples(Texts(codes, np.cumsum(lengths)), np.zeros(4, np.uint8))}, 8)["train"]
     tokens = Vocabulary.of(Examples(Texts(codes, np.cumsum(lengths)), np.zeros(4, np.uint8))).tokens
     assert split.truncated == 2
     assert [" ".join(tokens[i] for i in split.inputs[n]) for n in range(4)] == [
@@ -268,7 +269,7 @@ def test_files_give_back_what_was_written(tmp_path):
     for name in counts:
         assert (texts(found[name]), found[name].labels_N.tolist()) == (texts(made[name]), made[name].labels_N.tolist())
         assert found[name].skipped == {}
-    for one, other in zip(listops.splits(found).values(), listops.splits(made).values(), strict=True):
+    for one, other in zip(splits(found).values(), splits(made).values(), strict=True):
         np.testing.assert_array_equal(one.inputs.ids_S, other.inputs.ids_S)
 
 

@@ -279,3 +279,35 @@ def test_skipped_items_are_counted_not_missed(monkeypatch):
     config = LRAConfig(dataset="listops", train_examples=4, validation_examples=4, test_examples=4)
     data.load.cache_clear()
     assert data.load(config).skipped == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "limit"),
+    [
+        (("task=text",), 100),
+        (("task=text", "mask_padding=false", "sort_lengths=false"), 100),
+        (("task=retrieval",), 200),
+        (("task=listops", "scan=causal"), 100),
+    ],
+)
+def test_scoring_in_parts_reads_few_tokens_at_once_and_gives_the_same_logits(monkeypatch, words, limit):
+    (cell,) = cells("preset=test", "model=hgrn2", "test_examples=20", "eval_batch_size=16", *words)
+    torch.manual_seed(0)
+    made, model = runner.Runner(cell), runner.Runner.build(cell).eval()
+    seen, forward = [], model.logits
+    monkeypatch.setattr(model, "logits", lambda inputs, lengths: seen.append((inputs.numel(), forward(inputs, lengths))) or seen[-1][1])
+    whole, at_once = made.metric(model, "test"), seen[:]
+    seen.clear()
+    monkeypatch.setattr(runner, "EVAL_TOKENS", limit)
+    assert made.metric(model, "test") == whole
+    assert len(at_once) == 2 < len(seen)
+    assert max(tokens for tokens, _ in seen) * made.ways <= limit
+    torch.testing.assert_close(torch.cat([logits for _, logits in seen]), torch.cat([logits for _, logits in at_once]))
+
+
+def test_one_item_beyond_the_tokens_is_scored_alone(monkeypatch):
+    (cell,) = cells("preset=test", "model=hgrn2", "task=text")
+    made, model = runner.Runner(cell), runner.Runner.build(cell).eval()
+    whole = made.metric(model, "test")
+    monkeypatch.setattr(runner, "EVAL_TOKENS", 1)
+    assert made.metric(model, "test") == whole

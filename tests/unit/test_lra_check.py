@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hgrn2_bench.datacheck import check_data
 from hgrn2_bench.doctor import NOTE, OK, PROBLEM
 from hgrn2_bench.errors import ConfigError
-from suites.lra import check, check_pathfinder, images, retrieval, text
+from suites.lra import check_pathfinder, images, listops, retrieval, text
 from suites.lra.check import findings
 from suites.lra.places import EXPECTED
 
@@ -19,7 +20,7 @@ from suites.lra.places import EXPECTED
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """The numbers of whole data sets, made small."""
-    monkeypatch.setattr(check, "LISTOPS_COUNTS", {"train": 3, "val": 3, "test": 3})
+    monkeypatch.setattr(listops, "COUNTS", {"train": 3, "val": 3, "test": 3})
     monkeypatch.setattr(text, "COUNTS", {"train": 4, "test": 4})
     monkeypatch.setattr(retrieval, "COUNTS", {"train": 6, "val": 4, "test": 2})
     monkeypatch.setattr(images, "COUNTS", {"train": 40, "test": 10})
@@ -265,6 +266,13 @@ def test_the_command_prints_findings_a_summary_and_ends_with_one_for_problems(tm
     assert done.stderr == ""
 
 
+def test_without_a_folder_the_one_that_runs_read_is_checked(tmp_path, monkeypatch, capsys):
+    made.write_listops(tmp_path / "listops")
+    monkeypatch.setenv("HGRN2_BENCH_DATA", str(tmp_path))
+    assert check_data("lra", "check")
+    assert f"listops: found {tmp_path / 'listops'}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -272,6 +280,7 @@ def test_the_command_prints_findings_a_summary_and_ends_with_one_for_problems(tm
         (["mqar", "check", "."], "suite mqar reads no data; suites that do: lra"),
         (["lra", "chek", "."], "Unknown action 'chek'. Did you mean 'check'?"),
         (["lra", "check", "absent"], "no folder absent"),
+        (["lra", "check"], "no folder data; name one, or set HGRN2_BENCH_DATA to it"),
         (["lra", "check", "."], "nothing of the Long Range Arena in .: expected"),
     ],
 )

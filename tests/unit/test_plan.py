@@ -14,9 +14,10 @@ import textwrap
 import pytest
 
 from hgrn2_bench import plan, registry
+from hgrn2_bench.backends import resolve_backend
 from hgrn2_bench.config import PLAN_KEYS, ModelConfig, TrainConfig, parse_words, written
 from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.plan import Cell, make_plan, plan_beside, resolve_backend
+from hgrn2_bench.plan import Cell, make_plan, plan_beside
 from hgrn2_bench.protocol import Preset, Protocol
 
 PAPER = ("preset=paper", "task=len64_kv4", "d_model=64", "lr=1e-3")
@@ -257,6 +258,30 @@ def test_a_word_that_acts_on_one_model_is_noted_for_the_other_only():
     found = planned("model=hgrn2,attention", "forget_bias=0,2")
     assert [(c.model, c.model_config.forget_bias) for c in found.cells] == [("hgrn2", 0.0), ("hgrn2", 2.0), ("attention", 0.0)]
     assert found.notes == ("forget_bias has no effect on attention: left out",)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("model=attention", "positions=none"), True),
+        (("model=hgrn2,attention", "positions=sinusoid,none"), True),
+        (("model=attention", "positions=sinusoid"), False),
+        (("model=attention", "positions=none", "conv=4"), False),
+        (("model=attention", "positions=none", "scan=causal"), False),
+        (("model=attention", "positions=none", "first_layer=base_conv"), False),
+        (("model=hgrn2,hybrid", "positions=none"), False),
+    ],
+)
+def test_attention_that_cannot_know_the_order_is_noted(words, told):
+    found = make_plan(["suite=lra", "task=listops", *words], "cpu").notes
+    assert ("attention with scan=both and positions=none cannot know the order of its tokens" in found) == told
+
+
+@pytest.mark.parametrize("words", [("suite=lra", "task=image,text"), ("suite=mqar",)])
+def test_a_two_dimensional_scan_of_sequences_is_refused(words):
+    with pytest.raises(ConfigError, match=r"scan=2d_series needs images: .* gives sequences"):
+        make_plan([*words, "scan=both,2d_series"], "cpu")
+    assert make_plan(["suite=lra", "task=image,pathfinder,pathx", "scan=both,2d_series"], "cpu").cells
 
 
 def test_local_mixing_is_not_claimed_for_a_plain_module(mine):

@@ -309,6 +309,21 @@ def test_a_model_above_the_floor_ranks_above_one_at_its_higher_floor():
     assert [f["model"] for f in lines(table)] == ["mamba", "gla"]
 
 
+@pytest.mark.parametrize(
+    ("majority", "chance", "value", "learned"),
+    [
+        (0.45, 0.5, 0.55, False),  # every answer the class that is rarer in training, and more frequent here
+        (0.45, 0.5, 0.6, True),
+        (0.6, 0.5, 0.7, True),
+        (0.02, 0.1, 0.2, True),  # of ten classes no other's share is known
+    ],
+)
+def test_the_rarer_of_two_classes_is_a_floor_too(majority, chance, value, learned):
+    table = only(run(value, floors={"majority": majority, "chance": chance}))
+    assert ("not learned" in lines(table)[0]["status"]) != learned
+    assert noted(table, f"floors: majority {majority:.3f}; chance {chance:.3f}" + "; minority 0.550" * (majority == 0.45))
+
+
 def test_a_floor_counts_downwards_where_lower_is_better():
     changes = {"metric": "ppl", "higher_is_better": False, "floors": {"unigram": 700.0, "bigram": 200.0}}
     found = lines(only([*run(201.0, model="gla", **changes), *run(150.0, model="mamba", **changes)], LOWER))

@@ -112,6 +112,7 @@ FAIRSEQ = (
     "tokenizer=gpt2",
     "block=512",
     "window=400",
+    "curve=16_384",
     *PUBLISHED,
     "embed_std=0.04419417",  # 512^-0.5, fairseq's default for embeddings
     "embed_dropout=0.1",

@@ -245,7 +245,7 @@ def folder_findings(facts: Facts) -> Iterator[Finding]:
     """Where rows and compiled kernels go, and where data are looked for."""
     yield from _folder("results folder", facts.results, needed=True)
     yield from _folder("kernel cache", facts.cache, needed=bool(facts.driver.gpus))
-    there = "" if facts.data.exists else " (not there; presets that read files need it: set HGRN2_BENCH_DATA)"
+    there = "" if facts.data.exists else " (not there; presets that read files need it: data_dir=DIR or HGRN2_BENCH_DATA)"
     yield Finding(OK, f"data folder {facts.data.path}{there}")
 
 

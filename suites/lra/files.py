@@ -16,7 +16,7 @@ def fingerprint_of(dataset: str) -> str:
     """
     root = data_folder()
     if not root.is_dir():
-        raise ConfigError(f"{dataset} needs files: {root} is no folder; set {DATA}, or choose preset=smoke, which needs none")
+        raise ConfigError(f"{dataset} needs files: {root} is no folder; give data_dir=DIR or set {DATA}, or choose preset=smoke, which needs none")
     place = find(root, dataset)
     files = list(named(place.folder, place.files))
     lossy = dataset == "image" and any(_lossy(file) for _, file in files)

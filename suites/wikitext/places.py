@@ -70,7 +70,7 @@ class Place:
 def find(root: Path, dataset: str, tokenizer: str) -> Place:
     """The copy of a text that a tokenizer reads. ConfigError where there is none, or more than one to choose from."""
     if not root.is_dir():
-        raise ConfigError(f"{dataset} needs files: {root} is no folder; set {DATA}, or choose dataset=markov, which needs none")
+        raise ConfigError(f"{dataset} needs files: {root} is no folder; give data_dir=DIR or set {DATA}, or choose preset=smoke, which needs none")
     if dataset == "imdb":
         found = find_reviews(root)
         return Place("imdb", "reviews", found.layout, found.folder, found.files)

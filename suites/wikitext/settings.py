@@ -48,7 +48,8 @@ class WikitextConfig:
         drawn = self.dataset == "markov"
         for name in ("symbols", "facts", "document"):
             value = getattr(self, name)
-            require(drawn or value == getattr(type(self), name), f"{name}={value} has no effect on dataset={self.dataset}")
+            idle = f"{name}={value} has no effect on dataset={self.dataset}; presets smoke and test are for the generated source"
+            require(drawn or value == getattr(type(self), name), idle)
         known = f"symbols={self.symbols} with facts={self.facts}"
         require(2 * self.facts < self.symbols, f"{known}: {self.facts} keys, as many values and the separator are different symbols")
         long = self.document >= 2 * self.facts + 2

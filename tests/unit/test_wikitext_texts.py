@@ -323,7 +323,7 @@ def test_a_folder_of_wikitext_2_beside_is_passed_over(data):
 
 
 def test_missing_data_say_what_was_expected(data):
-    with pytest.raises(ConfigError, match="is no folder; set HGRN2_BENCH_DATA, or choose dataset=markov"):
+    with pytest.raises(ConfigError, match="is no folder; give data_dir=DIR or set HGRN2_BENCH_DATA, or choose preset=smoke"):
         load()
     made.write_lines(data, name="wikitext2_{}.{}")
     with pytest.raises(ConfigError, match=r"no data of wikitext103 in .*: expected wiki\..*has files of WikiText-2"):

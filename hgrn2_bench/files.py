@@ -41,6 +41,13 @@ def take_data_folder(words: Sequence[str]) -> list[str]:
     return others
 
 
+def check_data_folder(root: Path, what: str) -> None:
+    """ConfigError where the folder in which `what` is looked for is not there."""
+    if not root.is_dir():
+        remedy = f"give data_dir=DIR or set {DATA}, or choose preset=smoke, which needs none"
+        raise ConfigError(f"{what} needs files: {root} is no folder; {remedy}")
+
+
 def cache_folder(suite: str) -> Path:
     """Where a suite keeps what it generated or tokenised: under HGRN2_BENCH_CACHE, or under `~/.cache/hgrn2_bench`."""
     return Path(os.environ.get(CACHE, Path.home() / ".cache" / "hgrn2_bench")) / suite

@@ -3,8 +3,7 @@
 import functools
 from pathlib import Path
 
-from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.files import DATA, SAMPLE, data_folder, fingerprint, named
+from hgrn2_bench.files import SAMPLE, check_data_folder, data_folder, fingerprint, named
 from suites.lra.places import find
 
 
@@ -15,8 +14,7 @@ def fingerprint_of(dataset: str) -> str:
     ConfigError where the files are not there.
     """
     root = data_folder()
-    if not root.is_dir():
-        raise ConfigError(f"{dataset} needs files: {root} is no folder; give data_dir=DIR or set {DATA}, or choose preset=smoke, which needs none")
+    check_data_folder(root, dataset)
     place = find(root, dataset)
     files = list(named(place.folder, place.files))
     lossy = dataset == "image" and any(_lossy(file) for _, file in files)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hgrn2_bench.errors import ConfigError, DataError
-from hgrn2_bench.files import DATA, searched
+from hgrn2_bench.files import check_data_folder, searched
 from hgrn2_bench.reviews import find_reviews
 from hgrn2_bench.rows import has_column, parquet_footer, parquet_rows, shards
 from suites.wikitext.counts import UNKNOWN
@@ -69,8 +69,7 @@ class Place:
 
 def find(root: Path, dataset: str, tokenizer: str) -> Place:
     """The copy of a text that a tokenizer reads. ConfigError where there is none, or more than one to choose from."""
-    if not root.is_dir():
-        raise ConfigError(f"{dataset} needs files: {root} is no folder; give data_dir=DIR or set {DATA}, or choose preset=smoke, which needs none")
+    check_data_folder(root, dataset)
     if dataset == "imdb":
         found = find_reviews(root)
         return Place("imdb", "reviews", found.layout, found.folder, found.files)

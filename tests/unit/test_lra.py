@@ -90,7 +90,7 @@ def test_a_fingerprint_is_not_for_users():
 def test_missing_data_are_one_line_and_name_the_remedy(monkeypatch, tmp_path):
     monkeypatch.setenv("HGRN2_BENCH_DATA", str(tmp_path / "nowhere"))
     data.load.cache_clear()
-    with pytest.raises(ConfigError, match=r"text needs files: .*nowhere is no folder; give data_dir=DIR or set HGRN2_BENCH_DATA, or choose preset=smoke"):
+    with pytest.raises(ConfigError, match=r"text needs files: .*nowhere is no folder; give data_dir=DIR or set HGRN2_BENCH_DATA"):
         make_plan(["suite=lra", "preset=paper", "task=text"], "cpu")
 
 

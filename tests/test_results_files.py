@@ -129,3 +129,14 @@ def test_table_command_prints_the_kept_tables(tmp_path):
     words = [sys.executable, "-m", "hgrn2_bench", "table", "mqar", "--results", str(RESULTS)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert done.stdout == (RESULTS / "tables/mqar.md").read_text()
+
+
+def test_readme_shows_the_language_models_of_preset_smoke():
+    """Model, then means over seeds: perplexity, in a window, carried; excess on free tokens, on recalled ones in a window and carried."""
+    readme, rows = (ROOT / "README.md").read_text(), find_rows(RESULTS, "wikitext")[0]
+    names = ("perplexity", "perplexity_window", "perplexity_carried", "excess_free", "excess_recalled_window", "excess_recalled_carried")
+    tested = [row for row in rows if row.preset == "smoke" and row.split == "test"]
+    for model in {row.model for row in tested}:
+        found = [[row.value for row in tested if (row.model, row.metric) == (model, name)] for name in names]
+        shown = " | ".join(f"{statistics.fmean(values):.3f}" if values else "–" for values in found)
+        assert f"| {model} | {shown} |" in readme

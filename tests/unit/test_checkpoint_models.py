@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import wikitext_folders as made
 
 from hgrn2_bench import checkpoints, engine, registry
 from hgrn2_bench.cells import CellFolder
@@ -14,6 +15,8 @@ from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.errors import ConfigError, DataError
 from hgrn2_bench.language import LanguageModel
 from hgrn2_bench.plan import make_plan
+from suites.wikitext import texts
+from suites.wikitext.tokenizers import Bytes
 
 TEST = ("suite=wikitext", "preset=test")
 
@@ -185,6 +188,31 @@ def test_a_folder_that_changed_after_planning_is_not_run(taught, copy, tmp_path)
 def test_tokens_of_another_source_are_refused(taught):
     with pytest.raises(ConfigError, match=r"was trained with text markov: 16 symbols.*; this text has markov: 8 symbols"):
         engine.build(one(f"model={taught[2]}", "symbols=8"))
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "fault"),
+    [
+        (f"bytes {Bytes.hash}, 256 ids", ""),
+        ("bytes 0123, 256 ids", "was trained with tokenizer bytes 0123, 256 ids; this text has bytes"),
+        ("gpt2 0123, 50264 ids", "was trained with tokenizer gpt2 0123, 50264 ids; this text has bytes"),
+    ],
+)
+def test_a_checkpoint_is_scored_with_its_own_tokenizer(tmp_path, monkeypatch, tokenizer, fault):
+    monkeypatch.setenv("HGRN2_BENCH_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("HGRN2_BENCH_CACHE", str(tmp_path / "cache"))
+    texts.load.cache_clear()
+    texts._fingerprint.cache_clear()
+    made.write_json(tmp_path / "data")
+    card = Card("hgrn2", {"expand_ratio": 8}, {"tokenizer": tokenizer, "text": "another"})
+    model = LanguageModel(ModelConfig(d_model=16, num_layers=1), registry.load("hgrn2"), card.settings, "chunked", 256, 16)
+    checkpoints.save(model, card, tmp_path / "model")
+    (cell,) = make_plan(["suite=wikitext", f"model={tmp_path / 'model'}", "dataset=text", "tokenizer=bytes"], "cpu").cells
+    if not fault:
+        assert engine.build(cell).vocab_size == 256
+        return
+    with pytest.raises(ConfigError, match=fault):
+        engine.build(cell)
 
 
 @pytest.mark.parametrize("positions", ["learned", "sinusoid", "none"])

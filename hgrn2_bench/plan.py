@@ -105,7 +105,7 @@ class Cell:
         if self.checkpoint:
             fixed = {k: v for k, v in dataclasses.asdict(self.model_config).items() if k not in SHOWN}
             plain = {k: v for k, v in plain.items() if k not in fixed and (k in EVALUATING or k not in _own(TrainConfig, plain))}
-            own |= fixed | {"checkpoint": self.checkpoint}
+            own = fixed | own | {"checkpoint": self.checkpoint}
         return plain | {f"{self.model}.{k}": v for k, v in own.items()}
 
     def changed(self, values: Mapping[str, Any]) -> "Cell":

@@ -177,7 +177,7 @@ def _device(name: str) -> str:
 def _hint(words: Sequence[str], plan: "Plan") -> str:
     """On a GPU the preset for a laptop's CPU is not what its owner came for: name the one that is, with what it takes."""
     short = plan.protocol.presets.get("short")
-    if plan.cells[0].device != "cuda" or short is None or any(word.startswith("preset=") for word in words):
+    if plan.cells[0].device != "cuda" or short is None or plan.preset != "smoke" or any(word.startswith("preset=") for word in words):
         return ""
     return f"note: preset {plan.preset} is made for a CPU; on this GPU try preset=short: {short.summary}"
 

@@ -144,8 +144,9 @@ def match(lines: Sequence[Line], protocol: Protocol, names: Names) -> tuple[list
     """Lines of one part that agree in every shared setting in which the two models can agree, and the lines left alone."""
     buckets: dict[str, list[Line]] = defaultdict(list)
     fitted_keys = _fitted(lines[0])
+    free = {*fitted_keys, *protocol.tuned, *_untaken(lines)}
     for line in lines:
-        buckets[_key(line, lambda key: key not in (*fitted_keys, *protocol.tuned), names)].append(line)
+        buckets[_key(line, lambda key: key not in free, names)].append(line)
     found: list[Comparison] = []
     for bucket in buckets.values():
         ours, theirs = ([line for line in bucket if line.first.model == name] for name in (names.ours, names.theirs))
@@ -159,6 +160,13 @@ def match(lines: Sequence[Line], protocol: Protocol, names: Names) -> tuple[list
 def _fitted(line: Line) -> tuple[str, ...]:
     """FITTED, and what the match of a line's rows sized."""
     return (*FITTED, *fairness.sized_by(line.first))
+
+
+def _untaken(lines: Iterable[Line]) -> set[str]:
+    """Settings that a model trained elsewhere does not take: nothing is shared in them."""
+    every = [line.first for line in lines]
+    trained = [row for row in every if f"{row.model}.checkpoint" in row.settings]
+    return {key for row in every for key in settings_of(row) if any(key not in each.settings for each in trained)}
 
 
 def _values(lines: Iterable[Line], key: str) -> set[str]:

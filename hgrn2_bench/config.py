@@ -228,6 +228,21 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def heads_of(d_model: int, head_dim: int, what: str, width: str = "d_model", result: str = "heads") -> int:
+    """Number of heads of `head_dim` channels in `d_model`; ConfigError with the nearest legal values where it does not divide.
+
+    `what`, `width` and `result` name the three numbers in the message, for mixers whose setting is the number of heads.
+    """
+    if head_dim >= 1 and d_model % head_dim == 0:
+        return d_model // head_dim
+    legal = [n for n in range(1, d_model + 1) if d_model % n == 0]
+    near = [*[n for n in legal if n < head_dim][-1:], *[n for n in legal if n > head_dim][:1]]
+    raise ConfigError(
+        f"{width}={d_model} must be a multiple of {what}={head_dim} ({result} = {width} / {what}); nearest legal {what}: "
+        + " or ".join(map(str, near))
+    )
+
+
 @dataclass(frozen=True)
 class Word:
     """One parsed word: `owner.key=values`, where an empty owner means every model."""

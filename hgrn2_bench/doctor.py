@@ -25,6 +25,7 @@ REQUIRED = {
     "pandas": "2.2",
     "scipy": "1.13",
     "tabulate": "0.9",
+    "safetensors": "0.4.3",
 }
 """The oldest version of each dependency, as pyproject.toml has them."""
 TESTED_PYTHON = ((3, 11), (3, 12))

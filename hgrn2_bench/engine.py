@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -123,16 +122,19 @@ def build(cell: Cell) -> Backbone:
 def describe(cell: Cell, model: Backbone, probe: bool = False) -> Description:
     """What a cell's model is and costs; `probe` times it forward and backward on few random tokens of the CPU."""
     shape = runner_class(cell).shape(cell)
-    steps = cell.train.steps(shape.steps_per_epoch)
+    steps = 0 if cell.checkpoint else cell.train.steps(shape.steps_per_epoch)
     tokens = shape.tokens(steps)
+    built = measure.effective(model) | matching.facts(cell, model)
+    if cell.checkpoint:
+        built["median_decay"] = built.pop("median_decay_at_init", None)
     return Description(
         *measure.parameters(model),
         state_bytes=measure.state_bytes(model, shape.seq_len, itemsize(cell)),
         train_flops_per_token=measure.train_flops_per_token(model, shape.seq_len, shape.labels_per_token),
         steps=steps,
         tokens=tokens,
-        effective=plain(measure.effective(model) | matching.facts(cell, model)),
-        seconds=_probe(cell, model, shape) * tokens if probe else None,
+        effective=plain(built),
+        seconds=_probe(cell, model, shape) * tokens if probe and tokens else None,
     )
 
 
@@ -215,30 +217,6 @@ def free_memory(cell: Cell) -> None:
             torch.cuda.empty_cache()
 
 
-def rehearse(cell: Cell) -> None:
-    """Launch every kernel that a run of the cell launches, and keep nothing.
-
-    That is what it times; or a training step on each shape of batch, then the evaluation.
-
-    The batches are the cell's own: Triton compiles anew where a size becomes 1 or a multiple of 16, and tunes norms by the number of rows.
-    """
-    model = build(cell)
-    runner = runner_class(cell)(cell)
-    model = model.to(cell.device).train()
-    if registry.protocol(cell.suite).speed:
-        runner.rehearse(model)  # type: ignore[attr-defined]
-        return
-    trainer = Trainer(model, runner, cell.train, CellFolder(Path(), cell), cell.device, cell.dtype)  # which nothing is written to
-    seen: set[tuple[torch.Size, ...]] = set()
-    for step in range(runner.steps_per_epoch):
-        batch = runner.batch(step)
-        shapes = tuple(tensor.shape for tensor in batch)
-        if shapes not in seen:
-            seen.add(shapes)
-            trainer.steps(batch, cell.train.lr)
-    runner.report(model.eval())
-
-
 def outcome_of(error: Exception) -> tuple[str, str]:
     """The outcome and one-line reason that an exception stands for."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -256,7 +234,8 @@ def outcome_of(error: Exception) -> tuple[str, str]:
 def _train_and_measure(
     cell: Cell, folder: CellFolder, facts: Facts, report: Callable[[int, int, str], None], stop: Callable[[], bool]
 ) -> list[Metric]:
-    if versions(registry.model(cell.model_ref), cell.settings, cell.model_config.first_layer) != cell.mixer_version:
+    found = registry.model(cell.model_ref)
+    if (versions(found, cell.settings, cell.model_config.first_layer), found.checkpoint) != (cell.mixer_version, cell.checkpoint):
         raise ConfigError(f"{cell.model_ref} changed after the run was planned; run again")
     model = build(cell)
     facts.description = describe(cell, model)
@@ -267,7 +246,37 @@ def _train_and_measure(
     torch.manual_seed(cell.seed + distributed.current().rank)  # each process drops out units of its own
     if registry.protocol(cell.suite).speed:
         return _measure(cell, model, runner, facts)
-    trainer = Trainer(model, runner, cell.train, folder, cell.device, cell.dtype)
+    best_weights = None if cell.checkpoint else _train(cell, model, folder, facts, report, stop)
+    model.eval()
+    facts.weights_hash = measure.weights_hash(model)
+    metrics = list(runner.report(model))
+    facts.details = plain(runner.details(model)) if hasattr(runner, "details") else {}
+    if cell.checkpoint:
+        _note_trained(cell, found, facts)
+    elif registry.protocol(cell.suite).saves_weights:
+        _save_weights(cell, model, folder, facts)
+    if cell.train.keep == "both" and best_weights is not None:
+        model.load_state_dict(best_weights)
+        metrics += [dataclasses.replace(metric, split=f"{metric.split}_best") for metric in runner.report(model)]
+    return metrics
+
+
+def _note_trained(cell: Cell, found: registry.Model, facts: Facts) -> None:
+    """Note what a trained model says of itself, and the memory that its evaluation took."""
+    if found.trained:
+        told = {"checkpoint": cell.model_ref, "trained_tokens": found.trained.tokens, "trained_on": dict(found.trained.card.tokenizer)}
+        facts.details = plain({**told, **facts.details})
+    if cell.device == "cuda":
+        facts.peak_bytes = int(torch.cuda.max_memory_allocated())
+
+
+def _train(
+    cell: Cell, model: Backbone, folder: CellFolder, facts: Facts, report: Callable[[int, int, str], None], stop: Callable[[], bool]
+) -> Mapping[str, Any] | None:
+    """Train the model; its best weights on validation data, where they are kept beside the last ones."""
+    assert facts.runner is not None
+    assert facts.description is not None
+    trainer = Trainer(model, facts.runner, cell.train, folder, cell.device, cell.dtype)
     trainer.peak_tokens_per_s = measure.peak_rate(facts.description.train_flops_per_token, cell.device, distributed.current().size)
     try:
         with mirrored(facts.track, folder) as trainer.mirror:
@@ -276,16 +285,7 @@ def _train_and_measure(
         facts.progress, facts.training_step = trainer.at, trainer.steps.mode
         if cell.device == "cuda":
             facts.peak_bytes = int(torch.cuda.max_memory_allocated())
-    model.eval()
-    facts.weights_hash = measure.weights_hash(model)
-    metrics = list(runner.report(model))
-    facts.details = plain(runner.details(model)) if hasattr(runner, "details") else {}
-    if registry.protocol(cell.suite).saves_weights:
-        _save_weights(cell, model, folder, facts)
-    if cell.train.keep == "both" and trainer.best_weights is not None:
-        model.load_state_dict(trainer.best_weights)
-        metrics += [dataclasses.replace(metric, split=f"{metric.split}_best") for metric in runner.report(model)]
-    return metrics
+    return trainer.best_weights
 
 
 def _save_weights(cell: Cell, model: nn.Module, folder: CellFolder, facts: Facts) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import shlex
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,11 @@ from hgrn2_bench.backends import resolve_backend
 from hgrn2_bench.config import PLAN_KEYS, CellConfig, MatchConfig, ModelConfig, TrainConfig, Word, convert, parse_words, schema_of, written
 from hgrn2_bench.errors import ConfigError, unknown
 from hgrn2_bench.protocol import Preset, Protocol
+from hgrn2_bench.trained import Trained
+from hgrn2_bench.words import EVALUATING, FIXED, NO_SIGNS, Axes, axis_name, check_models, check_names, check_trained, sections
 
-MATCH_KEYS = tuple(f.name for f in dataclasses.fields(MatchConfig))
-NO_SIGNS = "write plain {}=value; Hydra's signs +, ~ and @ mean nothing here"
+SHOWN = ("conv", "positions", "forget_bias", "lower_bound", "num_layers", "first_layer")
+"""What of a trained model's configuration keeps its plain name in rows, where tables and comparisons read it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Cell:
     task: str
     model: str
     model_ref: str
-    """How to find the model (a registry key, or `./file.py:Class`); not part of the key."""
+    """How to find the model (a registry key, `./file.py:Class`, or the folder of a trained one); not part of the key."""
     mixer_version: str
     seed: int
     backend: str
@@ -52,6 +54,8 @@ class Cell:
     """What was matched."""
     machine: str = ""
     """The name of the GPU or processor, where the cell's number is its speed."""
+    checkpoint: str = ""
+    """Of a trained model that is evaluated: the hash of its weights and config, which stands in the key for its name."""
 
     @property
     def key(self) -> str:
@@ -64,8 +68,11 @@ class Cell:
         content |= {name: _departures(getattr(self, name)) for name in ("model_config", "train", "data", "matching")}
         content["matching"].pop("match_tolerance", None)
         content["train"].pop("parallel", None)
-        if not self.machine:
-            del content["machine"]
+        for name in ("machine", "checkpoint"):
+            if not content[name]:
+                del content[name]
+        if self.checkpoint:
+            del content["model"]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
@@ -88,10 +95,18 @@ class Cell:
         return Cell(**built)
 
     def fields(self) -> dict[str, Any]:
-        """Every setting of the cell under the name a user types, the mixer's own with its prefix."""
+        """Every setting of the cell under the name a user types, the mixer's own with its prefix.
+
+        Of a trained model also its configuration has the prefix, but for what tables show, and there is none of training.
+        """
         parts = (self.model_config, self.train, self.data, self.matching)
         plain = {k: v for part in parts for k, v in dataclasses.asdict(part).items()}
-        return plain | {f"{self.model}.{k}": v for k, v in self.settings.items()}
+        own = dict(self.settings)
+        if self.checkpoint:
+            fixed = {k: v for k, v in dataclasses.asdict(self.model_config).items() if k not in SHOWN}
+            plain = {k: v for k, v in plain.items() if k not in fixed and (k in EVALUATING or k not in _own(TrainConfig, plain))}
+            own = fixed | own | {"checkpoint": self.checkpoint}
+        return plain | {f"{self.model}.{k}": v for k, v in own.items()}
 
     def changed(self, values: Mapping[str, Any]) -> "Cell":
         """The cell with other values of its model, mixer or matching, by the names that a user types; its command stays."""
@@ -129,29 +144,6 @@ class Description:
     effective: Mapping[str, Any]
 
 
-@dataclass
-class _Axes:
-    """The sweeps of one layer stack for one model: name to values, in the order first seen."""
-
-    plain: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    own: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-
-    def apply(self, words: Iterable[Word], model: registry.Model) -> None:
-        """Let one layer's words win over those before."""
-        for word in words:
-            if not word.owner:
-                self.plain[word.key] = word.values
-                self.own.pop(word.key, None)
-        for word in words:
-            if word.owner == model.name:
-                self.own[axis_name(word, model)] = word.values
-
-
-def axis_name(word: Word, model: registry.Model) -> str:
-    """The name of a word's axis for one model: `model.key` for a setting of the mixer's own, which may share its name with a plain key."""
-    return word.name if word.owner and word.key in {f.name for f in dataclasses.fields(model.settings)} else word.key
-
-
 def make_plan(words: Sequence[str], device: str, files: bool = True) -> Plan:
     """Turn a user's words into cells for a `device` type (cpu or cuda). ConfigError, one line, for anything that cannot run.
 
@@ -165,14 +157,17 @@ def make_plan(words: Sequence[str], device: str, files: bool = True) -> Plan:
         if task not in preset.tasks:
             raise unknown(f"task of {protocol.name} preset={preset_name}", str(task), preset.tasks)
     preset_words = parse_words(preset.words)
-    refs = given["model"].values if "model" in given else next(w.values for w in preset_words if w.key == "model")
+    refs = next((w.values for w in (*parsed, *preset_words) if w.name == "model"), ())
+    if not refs:
+        raise ConfigError(f"preset={preset_name} names no model: write model=DIR for the folder of a trained one")
     chosen = [registry.model(str(ref)) for ref in refs]
-    _check_names(parsed, protocol, chosen)
-    _check_models(chosen)
+    check_names(parsed, protocol, chosen)
+    check_models(chosen)
+    check_trained(parsed, protocol, chosen)
     cells: dict[str, Cell] = {}
     notes: dict[str, None] = {}
     for task, (ref, model) in itertools.product(names, zip(refs, chosen, strict=True)):
-        axes = _Axes()
+        axes = Axes()
         for layer in (preset_words, parse_words(preset.tasks[task]), parsed):
             axes.apply(layer, model)
         planned = protocol if files else dataclasses.replace(protocol, fingerprint=None)
@@ -213,74 +208,48 @@ def _protocol_and_preset(parsed: Sequence[Word]) -> tuple[Protocol, str, Preset]
     if "suite" not in single:
         raise ConfigError(f"name a suite: suite={'|'.join(registry.suites())}")
     protocol = registry.protocol(single["suite"])
-    name = single.get("preset", "smoke")
+    name = single.get("preset", _usual_preset(parsed, protocol))
     if name not in protocol.presets:
         raise unknown(f"preset of {protocol.name}", name, protocol.presets)
     return protocol, name, protocol.presets[name]
 
 
-def sections(protocol: Protocol) -> dict[str, type]:
-    """Section name to schema, for the plain keys of one suite."""
-    return {
-        "cell": CellConfig,
-        "model_config": ModelConfig,
-        "train": TrainConfig,
-        "data": protocol.data_schema,
-        "matching": MatchConfig,
-    }
-
-
-def _check_names(parsed: Sequence[Word], protocol: Protocol, chosen: Sequence[registry.Model]) -> None:
-    """Refuse unknown keys, repeated keys, and keys of models that are not in the run."""
-    schemas = sections(protocol)
-    plain = [f.name for s in schemas.values() for f in dataclasses.fields(s)]
-    models = {m.name: m for m in chosen}
-    own = {m.name: [f.name for f in dataclasses.fields(m.settings)] for m in chosen}
-    known = [*PLAN_KEYS, *plain, *(f"{m}.{k}" for m, keys in own.items() for k in keys)]
-    seen: set[str] = set()
-    for word in parsed:
-        if word.name in seen:
-            raise ConfigError(f"{word.name!r} is given twice; a sweep is written {word.name}=a,b")
-        seen.add(word.name)
-        if word.owner and word.owner not in own and word.owner in registry.models():
-            raise ConfigError(f"{word.text!r} has no effect: the run has no model {word.owner!r}")
-        if word.owner and (word.owner not in own or word.key not in (*own[word.owner], *plain)):
-            raise unknown("key", word.name, [*known, *(f"{m}.{k}" for m in own for k in plain if k == word.key)])
-        if not word.owner and word.key not in (*PLAN_KEYS, *plain):
-            raise unknown("key", word.key, known)
-        if word.key in protocol.idle and word.key not in own.get(word.owner, ()):
-            raise ConfigError(f"{word.text!r} has no effect on suite={protocol.name}")
-        if not word.plain:
-            raise ConfigError(f"{word.text!r}: {NO_SIGNS.format(word.name)}")
-        word.check_list(*([models[word.owner].settings] if word.owner else []), ModelConfig)
-        if word.owner and word.key in MATCH_KEYS and word.key not in own[word.owner]:
-            raise ConfigError(f"{word.text!r}: a match holds for all models of a run; write {word.key}=value")
-
-
-def _check_models(chosen: Sequence[registry.Model]) -> None:
-    """Refuse two different files whose class, and so whose rows, have one name."""
-    for one, other in itertools.combinations(chosen, 2):
-        if one.name == other.name and one.version != other.version:
-            raise ConfigError(f"two models are called {one.name!r}: {one.module} and {other.module}; rename one class")
+def _usual_preset(parsed: Sequence[Word], protocol: Protocol) -> str:
+    """The preset where none is given."""
+    refs = [str(ref) for word in parsed if word.name == "model" for ref in word.values]
+    evaluates = bool(refs) and all(map(registry.names_folder, refs)) and "evaluate" in protocol.presets
+    return "evaluate" if evaluates else "smoke"
 
 
 class _CellMaker:
     """Builds the cells of one task and model from its axes."""
 
     def __init__(
-        self, protocol: Protocol, preset: str, task: str, model: registry.Model, ref: str, device: str, user: Sequence[Word], axes: _Axes
+        self, protocol: Protocol, preset: str, task: str, model: registry.Model, ref: str, device: str, user: Sequence[Word], axes: Axes
     ) -> None:
         self.protocol, self.preset, self.task, self.model, self.ref, self.device = protocol, preset, task, model, ref, device
         self.user = [w for w in user if w.owner in ("", model.name) and w.key not in PLAN_KEYS]
         self.axes = {k: v for k, v in axes.plain.items() if k not in PLAN_KEYS} | axes.own
         self.notes: list[str] = []
+        if model.trained:
+            self._fix(model.trained)
+
+    def _fix(self, trained: Trained) -> None:
+        """Let a trained model keep its own configuration and settings, and say which of the user's words it does not take."""
+        if left := sorted(word.key for word in self.user if word.key in FIXED):
+            self.notes.append(f"{', '.join(left)}: no effect on {self.model.name}, which is trained")
+        self.user = [word for word in self.user if word.key not in FIXED]
+        config = {f.name: getattr(trained.config, f.name) for f in dataclasses.fields(ModelConfig)}
+        own = {f"{self.model.name}.{name}": value for name, value in trained.card.settings.items()}
+        kept = {name: values for name, values in self.axes.items() if name not in FIXED}
+        self.axes = kept | {name: (value,) for name, value in {**config, **own}.items()}
 
     def cells(self) -> list[Cell]:
         """Every combination, or ConfigError for the first that is illegal."""
         axes = {name: self._converted(name, values) for name, values in self.axes.items()}
         combinations = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
         mixers = [self._mixers(values) for values in combinations]
-        idle = [self._idle(values, each) for values, each in zip(combinations, mixers, strict=True)]
+        idle = [frozenset() if self.model.trained else self._idle(*each) for each in zip(combinations, mixers, strict=True)]
         self._note_idle(idle)
         return [self._cell(*each, axes) for each in zip(map(_without, combinations, idle), mixers, strict=True)]
 
@@ -321,7 +290,8 @@ class _CellMaker:
         settings = dataclasses.asdict(self.model.settings(**own))
         cell: CellConfig = built.pop("cell")
         if self.protocol.fingerprint is not None:
-            built["data"] = dataclasses.replace(built["data"], fingerprint=self.protocol.fingerprint(built["data"]))
+            folder = (self.model.trained.folder,) if self.model.trained else ()
+            built["data"] = dataclasses.replace(built["data"], fingerprint=self.protocol.fingerprint(built["data"], *folder))
         task = self.protocol.name_task(built["data"])
         self._check_order(built["model_config"], built["data"], task, mixers)
         return Cell(
@@ -339,6 +309,7 @@ class _CellMaker:
             settings=settings,
             command=self._command(values, axes, cell.seed),
             machine=provenance.device_name(self.device) if self.protocol.speed else "",
+            checkpoint=self.model.checkpoint,
             **built,
         )
 
@@ -355,7 +326,7 @@ class _CellMaker:
         typed = [axis_name(word, self.model) for word in self.user]
         swept = [name for name, tried in axes.items() if len(tried) > 1]
         words = [f"suite={self.protocol.name}", f"preset={self.preset}"]
-        words += [f"task={self.task}", f"model={written(self.ref)}", f"seed={seed}"]
+        words += [f"task={self.task}", f"model={written(self.ref)}", *([] if self.model.trained else [f"seed={seed}"])]
         words += [f"{name}={written(values[name])}" for name in dict.fromkeys([*swept, *typed]) if name in values and name != "seed"]
         return shlex.join(["python", "-m", "hgrn2_bench", "run", *words, "--device", self.device])
 

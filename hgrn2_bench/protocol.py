@@ -68,10 +68,10 @@ class Protocol:
     name_task: Callable[[Any], str]
     """The task's name from its data settings, so that a row's task always says what was run."""
     presets: Mapping[str, Preset]
-    fingerprint: Callable[[Any], str] | None = None
+    fingerprint: Callable[..., str] | None = None
     """Of a suite that reads files: what tells those of these data settings from any others; planning puts it into their `fingerprint`.
 
-    ConfigError where there are none.
+    Of a suite that saves weights it also takes the folder of a trained model, where one is evaluated. ConfigError where there are none.
     """
     has_images: Callable[[Any], bool] | None = None
     """Whether items of these data settings have height and width, which two-dimensional scans need; None where no task has."""
@@ -96,7 +96,9 @@ class Protocol:
     idle: tuple[str, ...] = ()
     """Keys of the core that change nothing here: refused."""
     saves_weights: bool = False
-    """The suite trains language models, and each cell's folder keeps its own under `model/` once the cell has ended well."""
+    """The suite trains language models, and each cell's folder keeps its own under `model/` once the cell has ended well.
+
+    Such folders may stand for models: they are evaluated as they are."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 A model's key is its file name in `baselines/` (or `hgrn2`); a suite's is its folder name in `suites/`. A third party adds its own
 through the entry-point groups `hgrn2_bench.baselines` (value `package.module`) and `hgrn2_bench.suites` (value `package`).
-`./file.py:Class` names a model of the user's own.
+`./file.py:Class` names a model of the user's own, and a folder a trained language model, which is evaluated as it is.
 """
 
 import ast
@@ -20,8 +20,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hgrn2_bench.errors import ConfigError, unknown
+from hgrn2_bench.errors import ConfigError, DataError, unknown
 from hgrn2_bench.protocol import Protocol
+from hgrn2_bench.trained import Card, Trained, unlike
+from hgrn2_bench.trained import read as read_trained
 
 if TYPE_CHECKING:
     from hgrn2_bench.interfaces import Mixer
@@ -50,6 +52,8 @@ class Model:
     """Its literal ClassVars among FACTS."""
     is_mixer: bool = True
     """False for a plain nn.Module, which is wrapped."""
+    trained: Trained | None = None
+    """Of a folder: what was trained, which keeps its own configuration and settings."""
 
     @property
     def version(self) -> str:
@@ -57,6 +61,11 @@ class Model:
         if self.module.endswith(".py"):
             return hashlib.sha256(Path(self.module).read_bytes()).hexdigest()[:16]
         return str(self.facts.get("version", 1))
+
+    @property
+    def checkpoint(self) -> str:
+        """Of a trained model the hash of its weights and config."""
+        return self.trained.hash if self.trained else ""
 
     def parts(self, settings: Mapping[str, Any]) -> "tuple[Model, ...]":
         """The models that this one is built of under `settings`, each once; none for most. ConfigError as `listed` says."""
@@ -146,12 +155,48 @@ def protocol(name: str) -> Protocol:
 
 
 def model(ref: str) -> Model:
-    """A model by key, or by `./file.py:Class`. ConfigError with the nearest name, or saying what is wrong with the file."""
+    """A model by key, by `./file.py:Class`, or by the folder of a trained one.
+
+    ConfigError with the nearest name, or saying what is wrong with the file or folder.
+    """
+    if names_folder(ref):
+        return _trained_model(ref)
     if ".py" in ref:
         return _user_model(ref)
     if ref not in models():
         raise unknown("model", ref, models())
     return models()[ref]
+
+
+def names_folder(ref: str) -> bool:
+    """Whether a model is named by a folder; one that is not there is told by its slash."""
+    return ref not in models() and (Path(ref).is_dir() or ("/" in ref and ".py" not in ref))
+
+
+@functools.cache
+def _trained_model(ref: str) -> Model:
+    """The model of a folder, under a name of its own. DataError, one line, where the folder holds none that can be built here."""
+    found = read_trained(Path(ref))
+    base = model(found.card.model)
+    try:
+        base.settings(**found.card.settings)
+    except TypeError as error:
+        raise unlike(found.folder, error) from None
+    if found.mixer_version:
+        check_version(found.folder, found.card, found.mixer_version)
+    return dataclasses.replace(base, name=found.label, trained=found)
+
+
+def version_of(ref: str, settings: Mapping[str, Any]) -> str:
+    """The version of a model's code under some settings, with those of its parts."""
+    found = model(ref)
+    return found.full_version(dataclasses.asdict(found.settings()) | dict(settings))
+
+
+def check_version(folder: Path, card: Card, saved: str) -> None:
+    """DataError where a folder was saved with another version of its model's code than is here."""
+    if (here := version_of(card.model, card.settings)) != saved:
+        raise DataError(f"{folder}: saved with version {saved} of {card.model}, here it is {here}")
 
 
 def listed(names: Sequence[str], setting: str) -> tuple[Model, ...]:

@@ -123,7 +123,7 @@ class Run:
 
     def _run_cells(self, cells: Sequence[Cell], about: dict[str, Any]) -> dict[str, list[Row]]:
         """Run the cells, the dearest first unless they take turns, and return their rows."""
-        costs = {key: (d.train_flops_per_token or 6 * d.parameters) * d.tokens / 1e12 if d else 1.0 for key, d in about.items()}
+        costs = {key: (d.train_flops_per_token or 6 * d.parameters) * d.tokens / 1e12 or 1.0 if d else 1.0 for key, d in about.items()}
         costs = {cell.key: costs.get(cell.key, 1.0) for cell in cells}
         ordered = sorted(cells, key=lambda cell: -costs[cell.key])  # without costs in the order of the plan
         found: dict[str, list[Row]] = {}

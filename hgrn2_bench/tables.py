@@ -214,7 +214,7 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
     if card:
         notes.append(f"{first.metric} counted so: " + "; ".join(f"{key} {value}" for key, value in card.items()))
     budget = ("lr", "batch_size", *protocol.budget, "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
-    same = {key: {json.dumps(row.settings.get(key)) for row in rows} for key in budget}
+    same = {key: {json.dumps(row.settings.get(key)) for row in rows} for key in budget if key in first.settings}
     fixed = [f"{key} {json.loads(next(iter(v)))}" for key, v in same.items() if len(v) == 1]
     if fixed:
         notes.append(f"the same for every line: {', '.join(fixed)}")

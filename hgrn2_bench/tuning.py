@@ -55,6 +55,6 @@ def _groups(cells: Sequence[Cell], protocol: Protocol) -> list[list[Cell]]:
 
 
 def _point(cell: Cell, protocol: Protocol) -> tuple[Any, ...]:
-    """A cell's place in the tuning grid, in the order in which tables write it."""
+    """A cell's place in the tuning grid, in the order in which tables write it; None for a key that it does not take."""
     fields = cell.fields()
-    return tuple(fields[key] for key in protocol.tuned)
+    return tuple(fields.get(key) for key in protocol.tuned)

@@ -1,4 +1,7 @@
-"""Files of weights: safetensors alone, since they hold numbers and cannot run code; and folders that appear whole or not at all."""
+"""Files of weights: safetensors alone, since they hold numbers and cannot run code; and folders that appear whole or not at all.
+
+Imports no torch before tensors are read or written.
+"""
 
 import contextlib
 import hashlib
@@ -7,11 +10,12 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from hgrn2_bench.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -30,7 +34,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> "dict[str, Tensor]":
     """Every tensor of a safetensors file, on the CPU. DataError where it is missing, cut short or of another kind."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -43,7 +47,20 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path} is cut short or no safetensors file: {' '.join(str(error).split())}") from None
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def check_tensors(path: Path) -> None:
+    """DataError where a safetensors file is missing, cut short or of another kind, told from its head and its size."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise DataError(f"{path} is missing")
+    try:
+        with safe_open(path, framework="np"):
+            pass
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DataError(f"{path} is cut short or no safetensors file: {' '.join(str(error).split())}") from None
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
     """Write tensors from any device to a safetensors file, flushed to the disk."""
     from safetensors.torch import save_file
 

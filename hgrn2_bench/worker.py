@@ -106,13 +106,14 @@ def _warm(cell: Any, key: str, part: int, parts: int, pipe: Connection) -> None:
     from hgrn2_bench import engine
     from hgrn2_bench.errors import ConfigError
     from hgrn2_bench.ops import autotune, fla
+    from hgrn2_bench.rehearsal import rehearse
 
     began, fault = time.monotonic(), ""
     try:
         if cell.backend == "fla":
             fla.load_all()
         with autotune.compiling(part, parts) if parts > 1 else contextlib.nullcontext():
-            engine.rehearse(cell)
+            rehearse(cell)
     except ConfigError as error:
         pipe.send(("refused", key, named(cell, error)))
         return

@@ -23,7 +23,7 @@ EXPECTED = {
     "transfer": "wiki.{valid,test}.tokens or wikitext2_{valid,test}.tokens",
 }
 """In words; folders above may have any name."""
-PREFERRED = {"word": ("tokens", "bin", "raw"), "gpt2": ("raw", "bin", "tokens"), "bytes": ("raw", "tokens")}
+PREFERRED = {"word": ("tokens", "bin", "raw"), "gpt2": ("raw", "bin", "tokens"), "bytes": ("raw", "tokens"), "model": ("raw", "tokens")}
 """Forms of WikiText-103 that a tokenizer can read, the published one first."""
 NAMED_2 = re.compile(r"wiki(text)?[-_]?2(?!\d)", re.IGNORECASE)
 """How a file or folder of WikiText-2 is named."""

@@ -189,4 +189,20 @@ PRETRAIN = Preset(
     tasks=dict(SIZES),
 )
 
-PRESETS = {"test": TEST, "smoke": SMOKE, "short": SHORT, "paper": PAPER, "hgrn1": HGRN1, "pretrain": PRETRAIN}
+EVALUATE = Preset(
+    summary="models that are trained already (model=DIR): WikiText-103 in blocks of 1,024, a window, a carried state, contexts to 4,096",
+    source="ours",
+    words=(
+        "dataset=wikitext103",
+        "tokenizer=gpt2",
+        "block=1024",
+        "window=512",
+        "curve=4096",
+        "eval_batch_size=8",
+        "dtype=float32",
+        "seed=0",
+    ),
+    tasks={"wikitext103": ()},
+)
+
+PRESETS = {"test": TEST, "smoke": SMOKE, "short": SHORT, "paper": PAPER, "hgrn1": HGRN1, "pretrain": PRETRAIN, "evaluate": EVALUATE}

@@ -3,6 +3,8 @@
 Sources: WikiText-103 (arXiv 1609.07843); its recipe for HGRN2 (OpenNLPLab/HGRN2 script_lm.sh, fairseq); the other texts are ours.
 """
 
+from pathlib import Path
+
 from hgrn2_bench.protocol import Figure, Protocol
 from suites.wikitext.presets import PRESETS
 from suites.wikitext.settings import WikitextConfig
@@ -19,11 +21,11 @@ def name_task(config: WikitextConfig) -> str:
     return f"{config.dataset}{'-tokens' * with_unknown}-{config.tokenizer}"
 
 
-def fingerprint(config: WikitextConfig) -> str:
-    """What tells this task's files from any others; ConfigError where they are not there."""
+def fingerprint(config: WikitextConfig, model: Path | None = None) -> str:
+    """What tells this task's files from any others, with the tokenizer of a trained model's folder. ConfigError where they are missing."""
     from suites.wikitext.texts import fingerprint_of
 
-    return fingerprint_of(config)
+    return fingerprint_of(config, model)
 
 
 PROTOCOL = Protocol(

@@ -5,32 +5,41 @@ Shape letters: N tokens of a split, B blocks of a batch, T tokens of a block.
 
 import functools
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from hgrn2_bench import registry
+from hgrn2_bench import checkpoints, registry
+from hgrn2_bench.config import require
 from hgrn2_bench.engine import Shape
 from hgrn2_bench.language import LanguageModel
 from hgrn2_bench.plan import Cell
 from hgrn2_bench.probes import probe
 from hgrn2_bench.protocol import Metric
 from hgrn2_bench.steps import Batch
+from hgrn2_bench.trained import Trained
 from hgrn2_bench.trainer import DivergedError
 from suites.wikitext import markov, texts
 from suites.wikitext.corpus import Corpus, TokenSplit
 from suites.wikitext.evaluation import Nats, Sums, Text, by_position, carried, carried_card, excess, windowed, windowed_card
 from suites.wikitext.settings import WikitextConfig
 
+TABLES = ("learned", "sinusoid")
+"""Positions that are looked up, and end."""
 PROBED_BLOCKS = 8
 """Blocks of the validation split on which a trained model's decays and states are looked at."""
 
 
 @functools.lru_cache(maxsize=2)
-def corpus_of(config: WikitextConfig, seed: int) -> Corpus:
+def _corpus(config: WikitextConfig, seed: int, model: Path | None) -> Corpus:
+    return markov.generate(config, seed) if config.dataset == "markov" else texts.load(config, model)
+
+
+def corpus_of(cell: Cell) -> Corpus:
     """The tokenised text of a cell; of a generated source the training documents follow from the seed."""
-    return markov.generate(config, seed) if config.dataset == "markov" else texts.load(config)
+    return _corpus(cell.data, cell.seed, Path(cell.model_ref) if cell.data.tokenizer == "model" else None)
 
 
 class Runner:
@@ -40,26 +49,30 @@ class Runner:
 
     def __init__(self, cell: Cell) -> None:
         self.config: WikitextConfig = cell.data
-        self.corpus = corpus_of(cell.data, cell.seed)
+        self.corpus = corpus_of(cell)
         self.data_hash, self.skipped, self.card = self.corpus.hash, self.corpus.skipped, dict(self.corpus.card)
         self.batch_size, self.eval_batch_size = cell.train.batch_size, cell.train.eval_batch_size
         self.seed, self.device = cell.seed, cell.device
         self.steps_per_epoch, self.blocks = _steps(self.corpus, cell)
         self.order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self.unigram = unigram_perplexities(self.corpus)
-        self.extrapolates = cell.model_config.positions not in ("learned", "sinusoid")
+        self.extrapolates = cell.model_config.positions not in TABLES
 
     @staticmethod
     def shape(cell: Cell) -> Shape:
         """Size of the task; text files are tokenised for it, once."""
-        steps, blocks = _steps(corpus_of(cell.data, cell.seed), cell)
+        steps, blocks = _steps(corpus_of(cell), cell)
         tokens = min(cell.train.batch_size, blocks) * cell.data.block
         return Shape(cell.data.block, labels_per_token=1.0, steps_per_epoch=steps, tokens_per_epoch=steps * tokens, step_tokens=tokens)
 
     @staticmethod
     def build(cell: Cell) -> LanguageModel:
-        """The model of a cell, on the CPU; an adaptive softmax knows how frequent each id is."""
-        corpus, mixer = corpus_of(cell.data, cell.seed), registry.load(cell.model_ref)
+        """The model of a cell, on the CPU: untrained, or of a folder. An adaptive softmax knows how frequent each id is."""
+        corpus = corpus_of(cell)
+        if found := registry.model(cell.model_ref).trained:
+            refuse_unlike(found, corpus, cell.data)
+            return checkpoints.load(found.folder, cell.backend)
+        mixer = registry.load(cell.model_ref)
         longest = cell.data.block
         model = LanguageModel(cell.model_config, mixer, cell.settings, cell.backend, corpus.vocab_size, longest)
         if cell.model_config.softmax == "adaptive":
@@ -155,6 +168,17 @@ class Runner:
         ids_N = self.corpus.splits["validation"].ids_N
         blocks = min(PROBED_BLOCKS, len(ids_N) // self.config.block)
         return probe(model, self.text("validation").pairs(np.arange(blocks) * self.config.block, self.config.block)[0]) if blocks else {}
+
+
+def refuse_unlike(found: Trained, corpus: Corpus, config: WikitextConfig) -> None:
+    """ConfigError, one line, where a trained model was trained on other tokens than the corpus has, or cannot take so long blocks."""
+    what = "text" if config.dataset == "markov" else "tokenizer"  # a generated source's symbols mean nothing elsewhere
+    theirs, ours = found.card.tokenizer.get(what, ""), corpus.card[what]
+    require(theirs in ("", ours), f"{found.folder} was trained with {what} {theirs}; this text has {ours}")
+    few = f"{found.folder} has {found.vocab_size} ids, tokenizer={config.tokenizer} of this text has {corpus.vocab_size}"
+    require(corpus.vocab_size <= found.vocab_size, few)
+    table = found.config.positions in TABLES and config.block > found.max_len
+    require(not table, f"block={config.block}: {found.folder} has a table of positions ({found.config.positions}) for {found.max_len}")
 
 
 def _steps(corpus: Corpus, cell: Cell) -> tuple[int, int]:

@@ -14,8 +14,8 @@ class WikitextConfig:
 
     dataset: str = choice("wikitext103", "imdb", "text", "markov")
     """WikiText-103 in any of its forms, the IMDB reviews, any text files, or a generated source of known entropy."""
-    tokenizer: str = choice("gpt2", "word", "bytes")
-    """Of a generated source none is used: its symbols are the tokens."""
+    tokenizer: str = choice("gpt2", "word", "bytes", "model")
+    """`model`: the `tokenizer.json` in the folder of a trained model. Of a generated source none is used: its symbols are the tokens."""
     fingerprint: str = ""
     """Of the files that were read; planning puts it here."""
     block: int = 512

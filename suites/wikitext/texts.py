@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hgrn2_bench.config import require
 from hgrn2_bench.files import cache_folder, data_folder, fingerprint, named
-from suites.wikitext import arrays, counts, fairseq
+from suites.wikitext import arrays, counts, fairseq, model_tokenizer
 from suites.wikitext.corpus import Corpus, TokenSplit
 from suites.wikitext.places import DICTIONARY, SPLITS, Place, find, find_transfer
 from suites.wikitext.readers import HELD_OUT, SHUFFLE_SEED, count, read_lines
@@ -39,29 +39,32 @@ class Source:
 
 
 @functools.lru_cache(maxsize=2)
-def load(config: WikitextConfig) -> Corpus:
-    """The splits of a text; cells of one worker that share them open them once.
+def load(config: WikitextConfig, model: Path | None = None) -> Corpus:
+    """The splits of a text; cells of one worker that share them open them once. `model`: the folder that tokenizer=model reads.
 
     ConfigError, one line, where the files are not there; DataError where they are damaged or of another text.
     """
     place = find(data_folder(), config.dataset, config.tokenizer)
-    source = (_binarised if place.form == "bin" else _tokenised)(place, config)
+    source = _binarised(place, config) if place.form == "bin" else _tokenised(place, config, model)
     digest = hashlib.sha256(json.dumps([sorted(source.card.items()), source.vocab_size, source.start_id]).encode())
     for name in sorted(source.splits):
         digest.update(f"{name} {len(source.splits[name].ids_N)} {source.hashes[name]}".encode())
     return Corpus(source.splits, source.vocab_size, source.start_id, source.card, digest.hexdigest()[:16])
 
 
-def fingerprint_of(config: WikitextConfig) -> str:
+def fingerprint_of(config: WikitextConfig, model: Path | None = None) -> str:
     """16 hex digits over the files that a configuration reads, its BPE and what it transfers to among them; of WikiText-103 after its form.
 
     `raw:`, `tokens:` or `bin:`. Empty for a generated source. ConfigError where the files are not there. Imports no torch.
     """
-    return "" if config.dataset == "markov" else _fingerprint(str(data_folder()), config.dataset, config.tokenizer, config.transfer)
+    if config.dataset == "markov":
+        return ""
+    own = model_tokenizer.hash_of(model) if config.tokenizer == "model" else ""
+    return _fingerprint(str(data_folder()), config.dataset, config.tokenizer, config.transfer, own)
 
 
 @functools.cache
-def _fingerprint(_root: str, dataset: str, tokenizer: str, transfer: bool) -> str:
+def _fingerprint(_root: str, dataset: str, tokenizer: str, transfer: bool, own: str) -> str:
     root = data_folder()
     place = find(root, dataset, tokenizer)
     parts = [_place_fingerprint(place)]
@@ -70,6 +73,7 @@ def _fingerprint(_root: str, dataset: str, tokenizer: str, transfer: bool) -> st
     if tokenizer == "gpt2" and place.form != "bin":
         vocabulary, merges, _ = read_bpe(root)
         parts.append(bpe_hash(vocabulary, merges))
+    parts += [own] if own else []
     joined = parts[0] if len(parts) == 1 else hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
     return f"{place.form}:{joined}" if dataset == "wikitext103" else joined
 
@@ -79,14 +83,15 @@ def _place_fingerprint(place: Place) -> str:
     return fingerprint(named(place.folder, files))
 
 
-def _tokenised(place: Place, config: WikitextConfig) -> Source:
+def _tokenised(place: Place, config: WikitextConfig, model: Path | None) -> Source:
     """A text, through the cache."""
     if config.dataset == "wikitext103":  # before minutes are spent on the training split
         for split in SCORED:
             counts.refuse_wrong(str(place.of(split)[0]), split, count(read_lines(place, split)))
-    folder = _folder(place, config.tokenizer)
+    own = model_tokenizer.read(model) if config.tokenizer == "model" else None
+    folder = _folder(place, f"model {own.hash}" if own else config.tokenizer)
     with arrays.locked(folder):
-        tokenizer = _tokenizer(place, config.tokenizer, folder)
+        tokenizer = own or _tokenizer(place, config.tokenizer, folder)
         stored = _stored(folder, place, (*SCORED, "train"), tokenizer)
     card = _card(place, tokenizer)
     if config.dataset == "wikitext103":

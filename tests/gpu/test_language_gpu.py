@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from hgrn2_bench import checkpoints, fla_models, registry
+from hgrn2_bench import checkpoints, engine, fla_models, registry
+from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.language import LanguageModel
+from hgrn2_bench.plan import make_plan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,3 +76,21 @@ def test_states_carry_on_fla() -> None:
     first, states = model.losses(inputs[:, :70], targets[:, :70], return_states=True)
     rest, _ = model.losses(inputs[:, 70:], targets[:, 70:], states)
     torch.testing.assert_close(torch.cat([first, rest], 1), whole, rtol=1e-2, atol=1e-2)
+
+
+def test_a_trained_model_in_a_run_has_the_same_numbers_on_either_device(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    words = {"channel_mixer": "glu", "glu_bias": False, "norm": "rmsnorm", "lower_bound": "inclusive", "embed_std": 1.0}
+    made = LanguageModel(
+        ModelConfig(d_model=64, num_layers=2, **words), registry.load("hgrn2"), {"variant": "fla", "expand_ratio": 32}, "chunked", 16, T
+    )
+    fla_models.save(made, tmp_path / "model")
+    found = []
+    for device in ("cpu", "cuda"):
+        (cell,) = make_plan(["suite=wikitext", "preset=test", f"model={tmp_path / 'model'}"], device).cells
+        folder = CellFolder(tmp_path, cell)
+        with folder.lock():
+            rows = engine.run_cell(cell, folder, lambda *_: None, lambda: False)
+        assert {(row.status, row.backend) for row in rows} == {("ok", {"cpu": "chunked", "cuda": "fla"}[device])}
+        found.append({(row.split, row.metric): row.value for row in rows})
+    assert found[0] == pytest.approx(found[1], rel=1e-2, abs=1e-2)

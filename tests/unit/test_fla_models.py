@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hgrn2_bench import checkpoints, fla_models, registry
+from hgrn2_bench import checkpoints, fla_config, fla_models, registry
 from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.errors import ConfigError, DataError
 from hgrn2_bench.language import LanguageModel
@@ -99,7 +99,7 @@ def test_published_fields_make_the_published_model():
     ("d", "ratio", "given", "width"), [(2048, 4, None, 5632), (1024, 4, None, 2816), (768, 4, None, 2048), (64, 3, 100, 100)]
 )
 def test_width_rule(d, ratio, given, width):
-    assert fla_models.swiglu_width(d, ratio, given) == width
+    assert fla_config.swiglu_width(d, ratio, given) == width
 
 
 def test_half_precision_weights_become_float32(folder):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hgrn2_bench import engine, provenance, warm
+from hgrn2_bench import provenance, rehearsal, warm
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.executor import LocalExecutor
 from hgrn2_bench.plan import make_plan
@@ -113,7 +113,7 @@ def test_a_rehearsal_steps_on_each_shape_once_and_evaluates(monkeypatch, tmp_pat
     step, report = Steps.__call__, Runner.report
     monkeypatch.setattr(Steps, "__call__", lambda self, batch, rate: stepped.append(len(batch[0])) or step(self, batch, rate))
     monkeypatch.setattr(Runner, "report", lambda self, model: evaluated.append(model.training) or report(self, model))
-    engine.rehearse(cell)
+    rehearsal.rehearse(cell)
     assert stepped == [16, 6]
     assert evaluated == [False]
     assert list(tmp_path.iterdir()) == []

@@ -43,9 +43,8 @@ def corpus(vocab_size, tokens=600, **fields):
 def anything(monkeypatch):
     """Any text may be asked for: what comes is random ids of GPT-2's vocabulary."""
     found = corpus(50_264)
-    monkeypatch.setattr(runner, "corpus_of", lambda config, seed: found)
-    monkeypatch.setattr("hgrn2_bench.plan.fingerprint_of", lambda *_: "raw:0", raising=False)
-    monkeypatch.setattr("suites.wikitext.texts.fingerprint_of", lambda config: "raw:0")
+    monkeypatch.setattr(runner, "corpus_of", lambda cell: found)
+    monkeypatch.setattr("suites.wikitext.texts.fingerprint_of", lambda config, model: "raw:0")
 
 
 @pytest.fixture(scope="module")

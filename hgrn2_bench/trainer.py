@@ -119,6 +119,8 @@ def learning_rate(config: TrainConfig, step: int, steps: int, steps_per_epoch: i
     """Learning rate of 0-based `step` of `steps`: linear warm-up, then cosine to 0 per step or per epoch, or constant; or `inverse_sqrt`.
 
     A cosine that ends before the last step rises again after its end, as transformers' `get_cosine_schedule_with_warmup` does.
+    `cosine_timm` stands still within an epoch, as timm's scheduler does when stepped by epochs: from `warmup_from` at epoch 0 it rises to
+    the full rate at the end of the warm-up, and then follows a cosine that began at epoch 0 to `lr_end` at the end of the last epoch.
     `inverse_sqrt` is fairseq's: it rises from `warmup_from` at step 0 to the full rate at step `warmup_steps`, and then falls with the root
     of the step's number.
     """
@@ -126,6 +128,11 @@ def learning_rate(config: TrainConfig, step: int, steps: int, steps_per_epoch: i
     if config.schedule == "inverse_sqrt":
         rising = config.warmup_from + (config.lr - config.warmup_from) * step / warm
         return rising if step < warm else config.lr * math.sqrt(warm / step)
+    if config.schedule == "cosine_timm":
+        epoch, rise = step // steps_per_epoch, round(config.warmup * config.epochs)
+        if epoch < rise:
+            return config.warmup_from + (config.lr - config.warmup_from) * epoch / rise
+        return config.lr_end + (config.lr - config.lr_end) * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
     if step < warm:
         return config.lr * (step + 1) / warm
     if config.schedule == "constant":

@@ -282,9 +282,14 @@ def _train_and_measure(
     facts.details = plain(runner.details(model)) if hasattr(runner, "details") else {}
     if registry.protocol(cell.suite).saves_weights:
         _save_weights(cell, model, folder, facts)
-    if cell.train.keep == "both" and trainer.best_weights is not None:
-        model.load_state_dict(trainer.best_weights)
-        metrics += [dataclasses.replace(metric, split=f"{metric.split}_best") for metric in runner.report(model)]
+    further = {
+        "best": trainer.best_weights if cell.train.keep == "both" else None,
+        "ema": None if trainer.average is None else trainer.average.tensors,
+    }
+    for name, weights in further.items():
+        if weights is not None:
+            model.load_state_dict(weights)
+            metrics += [dataclasses.replace(metric, split=f"{metric.split}_{name}") for metric in runner.report(model)]
     return metrics
 
 

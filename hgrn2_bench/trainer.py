@@ -23,6 +23,7 @@ from hgrn2_bench import distributed, parallel
 from hgrn2_bench.accumulation import PieceSteps, check_divisible
 from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.config import TrainConfig
+from hgrn2_bench.ema import Average
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Mixer
 from hgrn2_bench.steps import Batch, Steps
@@ -48,7 +49,10 @@ class TrainableTask(Protocol):
     steps_per_epoch: int
 
     def batch(self, step: int) -> Batch:
-        """Batch number `step` on the device, a pure function of (data, step); its tokens (B, T, ...) come first."""
+        """Batch number `step` on the device, a pure function of (data, step).
+
+        Its tokens (B, T, ...) come first; a task whose batches begin with anything else has a method `tokens(batch)` that counts them.
+        """
         ...
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
@@ -165,6 +169,8 @@ class Trainer:
         self.logged_tokens, self.logged_s = 0, 0.0
         """Of the steps since the last record of the curve, those left out that measure no speed."""
         self.best_weights: dict[str, Tensor] | None = None
+        self.average = Average(model, config.ema) if config.ema else None
+        self.tokens_of: Callable[[Batch], int] = getattr(task, "tokens", lambda batch: batch[0].shape[:2].numel())
         self.saved_at = time.monotonic()
         self.peak_tokens_per_s: float | None = None
         """Tokens per second at which the devices' peak would be reached, for the curve."""
@@ -226,7 +232,9 @@ class Trainer:
         if warm:
             self._settle()
         self.pending.append(self.steps(batch, self.rate))
-        self.window_tokens += batch[0].shape[:2].numel()
+        if self.average is not None:
+            self.average.update()
+        self.window_tokens += self.tokens_of(batch)
         at.step += 1
         if warm:
             self._settle(warm=True)
@@ -299,6 +307,7 @@ class Trainer:
             **state,
             "progress": asdict(self.at),
             "best": self.best_weights,
+            "ema": None if self.average is None else self.average.tensors,
             "rng": first[0],
             "cuda_rng": first[1],
             "other_rngs": others,
@@ -339,6 +348,8 @@ class Trainer:
             parallel.load_state(self.trained.model, self.optimizer, content)
             self.at = Progress(**content["progress"])
             self.best_weights = content["best"]
+            if self.average is not None:
+                self.average.load(content["ema"])
             self._set_generators([(content["rng"], content["cuda_rng"]), *content.get("other_rngs", [])])
             torch.set_num_threads(content["threads"])
             self.folder.cut_curve(content["curve_bytes"])

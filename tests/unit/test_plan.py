@@ -632,6 +632,7 @@ BESIDE = {
     "norm_group": {"norm": "batchnorm"},
     "cutoffs": {"softmax": "adaptive"},
     "warmup_steps": {"warmup": 0.0},
+    "lr_end": {"schedule": "cosine_timm", "lr": 0.1},
     "warmup_from": {"schedule": "inverse_sqrt", "warmup": 0.0, "warmup_steps": 5, "lr": 0.1},
 }
 """What a field needs beside it to have an effect."""

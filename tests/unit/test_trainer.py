@@ -88,6 +88,14 @@ def test_constant_schedule_keeps_the_rate_after_warm_up():
     assert [learning_rate(config, step, 4, 4) for step in range(4)] == [1.0, 2.0, 2.0, 2.0]
 
 
+def test_cosine_of_timm_goes_by_epochs_and_counts_the_warm_up():
+    config = TrainConfig(lr=1.0, epochs=10, schedule="cosine_timm", warmup=0.2, warmup_from=0.1, lr_end=0.05)
+    rates = [learning_rate(config, step, 40, 4) for step in range(0, 40, 4)]
+    assert rates[:2] == pytest.approx([0.1, 0.55])
+    assert rates[2:] == pytest.approx([0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * epoch / 10)) for epoch in range(2, 10)])
+    assert learning_rate(config, 3, 40, 4) == rates[0]
+
+
 class Decaying(Mixer):
     no_weight_decay = ("matrix",)
 

@@ -21,18 +21,21 @@ PICTURES = (".png", ".jpg", ".jpeg")
 
 
 class Batch(NamedTuple):
-    """Images in colour, uint8 (N, 32, 32, 3), their labels, int64, and where images were left out because they are empty files."""
+    """Images in colour, uint8 (N, 32, 32, 3), their labels, int64, and where images were left out: empty files, and damaged ones."""
 
     pixels_NHW3: np.ndarray
     labels_N: np.ndarray
     empty: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
 
 
-def read_batches(cifar: Cifar, layout: str, paths: Sequence[Path]) -> Iterator[Batch]:
-    """Images of each file, or folder of class folders. DataError names the file, and the row in it, that cannot be used."""
-    read = LAYOUTS[layout]
+def read_batches(cifar: Cifar, layout: str, paths: Sequence[Path], skip: bool = False) -> Iterator[Batch]:
+    """Images of each file, or folder of class folders. DataError names the file, and the row in it, that cannot be used.
+
+    With `skip`, encoded images that do not decode are left out as empty ones always are.
+    """
     for path in paths:
-        batch = read(cifar, path)
+        batch = _encoded_batch(ENCODED[layout](cifar, path), skip) if layout in ENCODED else ARRAYS[layout](cifar, path)
         if not len(batch.labels_N):
             raise DataError(f"{path}: no images")
         last = len(cifar.classes) - 1
@@ -85,7 +88,37 @@ def _planes(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(pixels.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1))
 
 
-def _folder_batch(cifar: Cifar, folder: Path) -> Batch:
+class Encoded(NamedTuple):
+    """An image file, or its bytes, and its label."""
+
+    source: Path | bytes
+    where: str
+    label: int
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the file has no bytes."""
+        return not (self.source.stat().st_size if isinstance(self.source, Path) else self.source)
+
+
+def _encoded_batch(images: Iterator[Encoded], skip: bool) -> Batch:
+    pixels, labels, empty, damaged = [], [], [], []
+    for each in images:
+        if each.is_empty:
+            empty.append(each.where)
+            continue
+        try:
+            pixels.append(decode_image(each.source, each.where, "RGB", SIZE))
+        except DataError:
+            if not skip:
+                raise
+            damaged.append(each.where)
+            continue
+        labels.append(each.label)
+    return Batch(np.array(pixels), np.array(labels, np.int64), tuple(empty), tuple(damaged))
+
+
+def _in_folders(cifar: Cifar, folder: Path) -> Iterator[Encoded]:
     """Pictures by class folder, in the order of the labels; hidden folders are none."""
     paths = {path.name: path for path in subfolders(folder)}
     names, numbers = cifar.folder_names
@@ -93,35 +126,20 @@ def _folder_batch(cifar: Cifar, folder: Path) -> Batch:
     if set(paths) != set(classes):
         missing, foreign = sorted(set(classes) - set(paths)), sorted(set(paths) - set(classes))
         raise DataError(f"{folder}: class folders missing: {', '.join(missing) or 'none'}; unknown: {', '.join(foreign) or 'none'}")
-    pixels, labels, empty = [], [], []
     for label, name in enumerate(classes):
         for path in sorted(path for path in paths[name].iterdir() if path.suffix.lower() in PICTURES and not path.name.startswith(".")):
-            if not path.stat().st_size:
-                empty.append(str(path))
-                continue
-            pixels.append(decode_image(path, str(path), "RGB", SIZE))
-            labels.append(label)
-    return Batch(np.array(pixels), np.array(labels, np.int64), tuple(empty))
+            yield Encoded(path, str(path), label)
 
 
-def _parquet_batch(cifar: Cifar, path: Path) -> Batch:
-    pixels, labels, empty = [], [], []
+def _in_parquet(cifar: Cifar, path: Path) -> Iterator[Encoded]:
     for number, (image, label) in enumerate(parquet_rows(path, (IMAGE_COLUMN, cifar.label))):
         content = image.get("bytes") if isinstance(image, dict) else image
         if not isinstance(content, bytes | None) or not isinstance(label, int):
             kinds = f"{type(content).__name__} and {type(label).__name__}"
             raise DataError(f"{path}, row {number}: image and label are {kinds}; expected the bytes of a file and a number")
-        if not content:
-            empty.append(f"{path}, row {number}")
-            continue
-        pixels.append(decode_image(content, f"{path}, row {number}", "RGB", SIZE))
-        labels.append(label)
-    return Batch(np.array(pixels), np.array(labels, np.int64), tuple(empty))
+        yield Encoded(content or b"", f"{path}, row {number}", label)
 
 
-LAYOUTS: dict[str, Callable[[Cifar, Path], Batch]] = {
-    PICKLES: _pickle_batch,
-    BINARIES: _binary_batch,
-    FOLDERS: _folder_batch,
-    PARQUET: _parquet_batch,
-}
+ARRAYS: dict[str, Callable[[Cifar, Path], Batch]] = {PICKLES: _pickle_batch, BINARIES: _binary_batch}
+ENCODED: dict[str, Callable[[Cifar, Path], Iterator[Encoded]]] = {FOLDERS: _in_folders, PARQUET: _in_parquet}
+"""How a layout is read."""

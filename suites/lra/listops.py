@@ -20,9 +20,9 @@ from typing import TypeVar
 import numpy as np
 
 from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.subsets import drawn
 from suites.lra import shards
-from suites.lra.items import Split, Texts
-from suites.lra.splits import drawn, take_texts
+from suites.lra.items import Split, Texts, take_texts
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]

@@ -1,4 +1,4 @@
-"""An average of a model's weights over the steps of its training, which is often better than the last weights (arXiv 1907.08610, 1803.05407).
+"""An average of a model's weights over the steps of its training (arXiv 1803.05407 among others), often better than the last weights.
 
 After each step average = decay * average + (1 - decay) * weights. There is no warm-up and no correction: after s steps the initial weights
 still count decay^s, as in DeiT.

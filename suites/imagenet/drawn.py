@@ -1,20 +1,22 @@
 """Drawn pictures whose class is a relation in space: on which side of a red disc the blue one lies, in the same row or column.
 
 Both discs are in every picture, so counts of colours tell nothing, and a model that sums over patches without knowing where they are stays
-at chance. A linear map of all pixels would do: the task shows that a model learns where things are, and no more. Classes are equally likely.
+at chance. A linear map of all pixels would do: the task shows that a model learns where things are, and no more. Classes are as likely as
+each other.
 """
 
-import hashlib
+import functools
 
 import numpy as np
+
+from suites.imagenet.pictures import Pictures, PictureSplit
+from suites.imagenet.settings import ImagenetConfig
 
 CLASSES = ("right", "below", "left", "above")
 SIZES = {"train": 20_000, "validation": 1000, "test": 2000}
 RADIUS = 2.5
 MARGIN, NEAREST = 3, 6
 """Pixels between a disc's middle and the border, and between two middles."""
-SMALLEST = 2 * MARGIN + NEAREST + 2
-"""Pixels in height and width of the least picture."""
 GREY, CONTRAST, NOISE = 128, (70, 120), 12.0
 SEED = 20_240_411
 
@@ -50,9 +52,12 @@ def _middles(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarra
             return first, second
 
 
-def digest(*arrays: np.ndarray) -> str:
-    """16 hex digits over arrays."""
-    found = hashlib.sha256()
-    for array in arrays:
-        found.update(np.ascontiguousarray(array))
-    return found.hexdigest()[:16]
+@functools.lru_cache(maxsize=2)
+def pictures(config: ImagenetConfig) -> Pictures:
+    """All splits of a configuration."""
+    asked = {"train": config.train_examples, "validation": config.validation_examples, "test": config.test_examples}
+    splits = {}
+    for name, number in asked.items():
+        pixels_NHWC, labels_N = draw(name, number or SIZES[name], config.image_size)
+        splits[name] = PictureSplit(labels_N, pixels_NHWC=pixels_NHWC)
+    return Pictures(splits, CLASSES)

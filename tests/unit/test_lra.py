@@ -9,6 +9,7 @@ import torch
 
 from hgrn2_bench import engine, measure, registry
 from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.pixels import shifted
 from hgrn2_bench.plan import make_plan
 from suites.lra import data, runner, standins
 from suites.lra.files import fingerprint_of

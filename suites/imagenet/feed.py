@@ -131,8 +131,9 @@ class _Endless:
 def loader(feed: Feed, batches: Any, device: str) -> DataLoader[Tensor]:
     """Batches of a feed, by worker processes where this process has processors to spare."""
     workers = workers_here()
-    ahead = {"prefetch_factor": AHEAD} if workers else {}
-    return DataLoader(feed, batch_sampler=batches, num_workers=workers, pin_memory=device == "cuda", **ahead)  # type: ignore[arg-type]
+    ahead: dict[str, Any] = {"prefetch_factor": AHEAD} if workers else {}
+    own = torch.Generator()  # or it would draw its workers' seeds from the one that dropout draws from
+    return DataLoader(feed, batch_sampler=batches, num_workers=workers, pin_memory=device == "cuda", generator=own, **ahead)
 
 
 def workers_here() -> int:

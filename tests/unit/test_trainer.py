@@ -195,6 +195,34 @@ def test_resume_continues_bit_for_bit(folder, cut):
     assert (resumed.at.step, resumed.at.best) == (80, 0.6)
 
 
+def test_average_of_weights_follows_its_formula_and_is_resumed(folder):
+    config = TrainConfig(lr=0.02, epochs=2, ema=0.9)
+    expected = {name: tensor.clone() for name, tensor in net().state_dict().items()}
+
+    class Watched(Regression):
+        def batch(self, step):
+            if step:
+                self.take()
+            return super().batch(step)
+
+        def take(self):
+            for name, tensor in made.model.state_dict().items():
+                expected[name] = 0.9 * expected[name] + 0.1 * tensor
+
+    task = Watched()
+    made = Trainer(net(), task, config, folder, "cpu", "float32")
+    torch.manual_seed(1)
+    made.fit(lambda *_: None, lambda: False)
+    task.take()
+    torch.testing.assert_close(made.average.tensors, expected)
+    folder.start_over()
+    steps = iter(range(1, 1000))
+    with pytest.raises(InterruptedTrainingError):
+        train(folder, config, stop=lambda: next(steps) == 7)
+    resumed = train(folder, config).average.tensors
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in made.average.tensors.items())
+
+
 def test_checkpoint_is_written_while_training(folder, monkeypatch):
     monkeypatch.setattr(trainer_module, "CHECKPOINT_EVERY_S", 0.0)
     train(folder, TrainConfig(epochs=1))

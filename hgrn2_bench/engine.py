@@ -282,14 +282,9 @@ def _train_and_measure(
     facts.details = plain(runner.details(model)) if hasattr(runner, "details") else {}
     if registry.protocol(cell.suite).saves_weights:
         _save_weights(cell, model, folder, facts)
-    further = {
-        "best": trainer.best_weights if cell.train.keep == "both" else None,
-        "ema": None if trainer.average is None else trainer.average.tensors,
-    }
-    for name, weights in further.items():
-        if weights is not None:
-            model.load_state_dict(weights)
-            metrics += [dataclasses.replace(metric, split=f"{metric.split}_{name}") for metric in runner.report(model)]
+    for name, weights in trainer.further_weights().items():
+        model.load_state_dict(weights)
+        metrics += [dataclasses.replace(metric, split=f"{metric.split}_{name}") for metric in runner.report(model)]
     return metrics
 
 

@@ -217,6 +217,11 @@ class Trainer:
             self.model.load_state_dict(self.best_weights)
         return self.at
 
+    def further_weights(self) -> dict[str, dict[str, Tensor]]:
+        """Weights to measure beside the last ones: the best ones with `keep=both`, and the average where there is one."""
+        best = {} if self.config.keep != "both" or self.best_weights is None else {"best": self.best_weights}
+        return best if self.average is None else {**best, "ema": self.average.tensors}
+
     def _decide(self, stop: Callable[[], bool]) -> int:
         """Whether to save or to stop now: what the clock and the user say on rank 0."""
         if self.world.size > 1 and self.at.step % DECIDE_EVERY:

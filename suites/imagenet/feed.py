@@ -10,7 +10,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hgrn2_bench import distributed
 from hgrn2_bench.rows import needed
+from suites.imagenet.order import Wanted
 from suites.imagenet.pictures import PictureSplit
 from suites.imagenet.task import TaskConfig
 
@@ -26,13 +27,6 @@ MOST_WORKERS, AHEAD = 16, 4
 """Worker processes of one process that trains, and batches that each works ahead."""
 INSTALL = 'pip install "hgrn2_bench[vision]"'
 Transform = Callable[[Any], np.ndarray]
-
-
-class Wanted(NamedTuple):
-    """A picture by its number, and the seed of what is done to it."""
-
-    number: int
-    seed: tuple[int, ...] = ()
 
 
 @contextmanager
@@ -110,6 +104,7 @@ class Ahead:
     def batch(self, step: int) -> Tensor:
         """The pictures of one step, bytes (B, C, H, W) on the host."""
         if step != self.next_step:
+            self.batches = iter(())  # its workers end before others are forked, which would hold copies of it
             self.batches = iter(loader(self.feed, _Endless(self.wanted, step), self.device))
         self.next_step = step + 1
         return next(self.batches)

@@ -21,14 +21,13 @@ from hgrn2_bench.steps import Batch
 from hgrn2_bench.trainer import DivergedError
 from hgrn2_bench.vision import Patches, VisionModel
 from suites.imagenet import drawn
-from suites.imagenet.feed import Ahead, Feed, Wanted, evaluation_transform, loader, training_transform
+from suites.imagenet.feed import Ahead, Feed, evaluation_transform, loader, training_transform
 from suites.imagenet.mixing import draw_mixes, erase, mixed, neighbours, shares
+from suites.imagenet.order import ALTER, ERASE, MIX, Order, Wanted
 from suites.imagenet.pictures import Pictures, PictureSplit, load
 from suites.imagenet.settings import DRAWN
 from suites.imagenet.task import TaskConfig
 
-ORDER, ALTER, MIX, SHUFFLE, ERASE = range(5)
-"""What a random draw is for, in its seed."""
 TOP = 5
 NORMAL = {
     # mean and standard deviation per channel of pixels in 0 .. 1
@@ -55,17 +54,16 @@ class Runner:
         self.pictures = pictures_of(self.config)
         self.data_hash, self.skipped = self.pictures.hash, self.pictures.skipped
         self.seed, self.device, self.dtype = cell.seed, cell.device, cell.dtype
-        self.batch_size, self.eval_batch_size = cell.train.batch_size, cell.train.eval_batch_size
+        self.eval_batch_size = cell.train.eval_batch_size
         train = self.pictures.splits["train"]
-        self.steps_per_epoch = max(1, len(train) // self.batch_size)
-        self.number = min(self.batch_size, len(train) * self.config.repeats)
-        self.orders: dict[int, np.ndarray] = {}
+        self.order = Order(self.config, self.seed, len(train), cell.train.batch_size)
+        self.steps_per_epoch = self.order.steps_per_epoch
         self.held = {name: self._held(split) for name, split in self.pictures.splits.items() if split.pixels_NHWC is not None}
         self.on_device = bool(self.held) and self.config.augment in ("none", "shift_flip")
         self.labels = {name: torch.from_numpy(split.labels_N).to(self.device) for name, split in self.pictures.splits.items()}
         if not self.on_device:
             transform = training_transform if self.config.augment != "none" else evaluation_transform
-            self.ahead = Ahead(Feed(train, transform(self.config)), self._wanted, self.device)
+            self.ahead = Ahead(Feed(train, transform(self.config)), self.order.wanted, self.device)
 
     def _held(self, split: PictureSplit) -> Tensor:
         """The pixels of a split on the device, (N, H, W, C); grey ones three times where timm makes them so."""
@@ -89,42 +87,13 @@ class Runner:
         classes = len(pictures_of(config).classes)
         return VisionModel(cell.model_config, registry.load(cell.model_ref), cell.settings, cell.backend, patches, classes)
 
-    def rows(self, step: int) -> np.ndarray:
-        """The pictures of batch `step`, by their numbers: shuffled by (seed, epoch), each once an epoch but those that fill no batch.
-
-        With `repeats` each fills so many places of one batch, among the others, and fewer pictures make an epoch.
-        """
-        epoch, place = divmod(step, self.steps_per_epoch)
-        repeats = self.config.repeats
-        if epoch not in self.orders:  # pictures made ahead may be those of the next one
-            order = np.random.default_rng([self.seed, ORDER, epoch]).permutation(len(self.labels["train"]))
-            self.orders = {epoch: np.repeat(order, repeats), **{e: kept for e, kept in self.orders.items() if abs(e - epoch) == 1}}
-        rows_B = self.orders[epoch][place * self.number : (place + 1) * self.number]
-        return rows_B if repeats == 1 else np.random.default_rng([self.seed, SHUFFLE, step]).permutation(rows_B)
-
-    def own(self, number: int) -> slice:
-        """The places of a batch that this process needs: its own, and their neighbours where pictures are mixed; one at least."""
-        world = distributed.current()
-        begin = min(number * world.rank // world.size, number - 1)
-        end = max(number * (world.rank + 1) // world.size, begin + 1)
-        if self.config.mixes:
-            begin, end = begin - begin % 2, min(number, end + end % 2)
-        return slice(begin, end)
-
-    def _wanted(self, step: int) -> list[Wanted]:
-        """What this process needs of a batch."""
-        rows_B = self.rows(step)
-        own = self.own(len(rows_B))
-        altered = self.config.augment != "none"
-        return [Wanted(int(rows_B[i]), (self.seed, ALTER, step, i) if altered else ()) for i in range(own.start, own.stop)]
-
     def batch(self, step: int) -> Batch:
         """Batch `step`, a function of (seed, step): this process's pictures (B, C, H, W), and the labels of all.
 
         Where pictures are mixed also the labels of their neighbours, and how much of the own label counts.
         """
-        rows_B = self.rows(step)
-        own = self.own(len(rows_B))
+        rows_B = self.order.rows(step)
+        own = self.order.own(len(rows_B))
         images_BCHW = self._images(step, rows_B, own)
         labels_B = self.labels["train"][torch.from_numpy(rows_B).to(self.device)]
         if not self.config.mixes:
@@ -168,7 +137,7 @@ class Runner:
     def part(self, batch: Batch, rows: slice) -> Batch:
         """Some pictures of a batch, of which this process may hold its own alone; any one where it holds none of them."""
         images_BCHW, *labels = batch
-        first = self.own(len(labels[0])).start
+        first = self.order.own(len(labels[0])).start
         begin = rows.start - first if first <= rows.start < first + len(images_BCHW) else 0
         return images_BCHW[begin : begin + rows.stop - rows.start], *(each_B[rows] for each_B in labels)
 

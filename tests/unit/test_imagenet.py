@@ -130,18 +130,18 @@ def built(cell):
 
 def test_an_epoch_holds_every_picture_once():
     runner = runner_of()
-    rows = [runner.rows(step) for step in range(runner.steps_per_epoch)]
+    rows = [runner.order.rows(step) for step in range(runner.steps_per_epoch)]
     assert sorted(np.concatenate(rows)) == [*range(16)]
-    assert not (runner.rows(runner.steps_per_epoch) == rows[0]).all()
+    assert not (runner.order.rows(runner.steps_per_epoch) == rows[0]).all()
 
 
 def test_repeats_of_a_picture_share_a_batch_and_are_altered_apart():
     runner = runner_of("repeats=2", "mixup=0", "cutmix=0", "batch_size=8")
     assert runner.steps_per_epoch == 2
     for step in range(2):
-        _, counts = np.unique(runner.rows(step), return_counts=True)
+        _, counts = np.unique(runner.order.rows(step), return_counts=True)
         assert counts.tolist() == [2, 2, 2, 2]
-    images_BCHW, rows = runner.batch(0)[0], runner.rows(0)
+    images_BCHW, rows = runner.batch(0)[0], runner.order.rows(0)
     first, second = np.flatnonzero(rows == rows[0])
     assert not torch.equal(images_BCHW[first], images_BCHW[second])
 
@@ -249,7 +249,7 @@ def test_a_picture_is_altered_anew_in_every_epoch(folder_of_pictures):
     runner = runner_of(*folder_of_pictures, "augment=timm", "mixup=0", "cutmix=0")
     seen = {}
     for step in range(2 * runner.steps_per_epoch):
-        for number, image in zip(runner.rows(step), runner.batch(step)[0], strict=True):
+        for number, image in zip(runner.order.rows(step), runner.batch(step)[0], strict=True):
             seen.setdefault(int(number), []).append(image)
     twice = [images for images in seen.values() if len(images) == 2]
     assert twice

@@ -91,6 +91,8 @@ class Pictures:
     """Names in the order of the labels."""
     real_labels: tuple[tuple[int, ...], ...] | None = None
     """ReaL's classes of each test picture, of some none; None where they were not asked for."""
+    notes: tuple[str, ...] = ()
+    """What is not as the names of the splits say."""
 
     @property
     def skipped(self) -> int:
@@ -121,7 +123,9 @@ def load(config: ImagenetConfig) -> Pictures:
     splits = {name: _part(name, split, config) for name, split in _assigned(whole, config).items()}
     if config.policy == "skip":
         splits = {name: _without_damaged(split, place) for name, split in splits.items()}
-    return Pictures(splits, classes, _real_labels(splits["test"]) if config.real_labels else None)
+    real = _real_labels(splits["test"]) if config.real_labels else None
+    alone = len(whole) == 1
+    return Pictures(splits, classes, real, ("the set has no test data: a part of its training data is held out as such",) * alone)
 
 
 def _resident(config: ImagenetConfig, place: Place) -> tuple[dict[str, PictureSplit], tuple[str, ...]]:

@@ -43,7 +43,10 @@ DAMAGED = "damaged file"
 
 @dataclass(frozen=True)
 class PictureSplit:
-    """N pictures with their classes; either `stored` or `pixels_NHWC` is there. Cheap to send to worker processes, however started."""
+    """N pictures with their classes; either `stored` or `pixels_NHWC` is there.
+
+    Worker processes may be forked or spawned: of stored pictures names and places travel to a spawned one, the pictures do not.
+    """
 
     labels_N: np.ndarray
     """int64."""
@@ -186,7 +189,7 @@ def _part(name: str, split: PictureSplit, config: ImagenetConfig) -> PictureSpli
     asked = {"train": config.train_examples, "validation": config.validation_examples, "test": config.test_examples}[name]
     there = len(split) + sum(split.skipped.values())
     require(asked <= there, f"{config.dataset} has {there:,} {name} pictures, {asked:,} are wanted")
-    return split.take(np.sort(drawn(np.arange(len(split)), asked, DATA_SEED)))
+    return split.take(np.sort(drawn(np.arange(len(split)), asked, DATA_SEED))) if asked else split
 
 
 def _without_damaged(split: PictureSplit, place: Place) -> PictureSplit:

@@ -191,6 +191,19 @@ def test_a_folder_of_other_things_is_bad_input(data):
         list(findings(data))
 
 
+def test_checking_a_sample_imports_no_torch(data):
+    made.write_folders(data, BOTH)
+    script = f"""
+import sys
+from pathlib import Path
+from suites.imagenet import check, check_pictures
+check_pictures.SAMPLE = 5
+assert "a sample of 5" in "".join(map(str, check.findings(Path({str(data)!r}))))
+assert not {{"torch", "timm", "torchvision"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+
+
 def test_the_command_prints_the_findings_and_tells_by_its_exit_code(data):
     made.write_folders(data, BOTH, names=("ant", "bee", "cat"))
     command = [sys.executable, "-m", "hgrn2_bench", "data", "imagenet", "check", str(data)]

@@ -19,7 +19,7 @@ from suites.imagenet.check_pictures import picture_findings
 from suites.imagenet.decode import pillow
 from suites.imagenet.files import is_jpeg
 from suites.imagenet.places import CIFARS, EXPECTED, FOLDERS, PARQUET, WNID, Place, locate
-from suites.imagenet.readers import class_names, read_split
+from suites.imagenet.readers import class_names, pictures_in, read_split
 from suites.imagenet.settings import RESIDENT
 from suites.imagenet.stored import Stored
 
@@ -31,10 +31,10 @@ FASHION_MEAN, TOLERANCE = 72.9, 1.0
 
 def findings(root: Path) -> Iterator[Finding]:
     """A line for each thing found in a folder, as it is found. ConfigError where it holds no pictures with classes."""
-    small = [(dataset, place) for dataset in RESIDENT for place in locate(root, dataset)[0] if place.layout != PARQUET or _is_32(place)]
+    small = [(dataset, place) for dataset in RESIDENT for place in locate(root, dataset)[0] if _is_meant(dataset, place)]
     taken = [(place.folder, place.files) for _, place in small]
     there, faults = locate(root, "folder")
-    encoded = [place for place in there if (place.folder, place.files) not in taken and not (place.layout == FOLDERS and _is_cifar(place))]
+    encoded = [place for place in there if (place.folder, place.files) not in taken]
     if not encoded and not small and not faults:
         raise ConfigError(f"no pictures with classes in {root}: expected for example {EXPECTED['imagenet']}")
     for fault in faults:
@@ -54,19 +54,27 @@ def _told(name: str, place: Place, found: Iterator[Finding]) -> Iterator[Finding
         yield Finding(PROBLEM, f"{name}: {error}")
 
 
-def _is_cifar(place: Place) -> bool:
-    return any(cifar.locate_folders(kind, place.folder) for kind in CIFARS.values())
+def _is_meant(dataset: str, place: Place) -> bool:
+    """Whether pictures in files are CIFAR's: other sets have the same columns, and folders of some of the same names, but not this size."""
+    first = place.files["train"][0] if place.files.get("train") else None
+    if place.layout == PARQUET and first is not None:
+        (image,) = next(parquet_rows(first, (cifar.IMAGE_COLUMN,)), (None,))
+        return _size(image["bytes"] if isinstance(image, dict) else image or b"") == (cifar.SIZE, cifar.SIZE)
+    if place.layout == FOLDERS and first is not None:
+        classes = class_names(place)
+        pictures = (first / name / next(pictures_in(first / name)) for name in classes)
+        is_named = set(classes) in map(set, CIFARS[dataset].folder_names)
+        return is_named and any(_size(path.read_bytes()) == (cifar.SIZE, cifar.SIZE) for path in pictures)
+    return True
 
 
-def _is_32(place: Place) -> bool:
-    """Whether a table's first picture has CIFAR's size; tables of other pictures have the same columns."""
-    ((image,),) = [next(parquet_rows(place.of(next(iter(place.files)))[0], (cifar.IMAGE_COLUMN,)))]
-    content = image["bytes"] if isinstance(image, dict) else image
+def _size(content: bytes) -> tuple[int, int] | None:
+    """Width and height of an encoded picture; None for what is none."""
     try:
-        with pillow(str(place)).open(io.BytesIO(content or b"")) as opened:
-            return opened.size == (cifar.SIZE, cifar.SIZE)
+        with pillow("a picture").open(io.BytesIO(content)) as opened:
+            return opened.width, opened.height
     except OSError:
-        return False
+        return None
 
 
 def _encoded(place: Place) -> Iterator[Finding]:

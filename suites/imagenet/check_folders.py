@@ -99,12 +99,12 @@ def _twofold(split: str, folder: Path, listing: Listing) -> Iterator[Finding]:
     for name, files in listing.items():
         by_name.setdefault(re.sub(r"([ _-]*(copy|\(\d+\)))+$", "", name.casefold()), []).append(name)
         by_files.setdefault(tuple(files), []).append(name)
-    for names in by_name.values():
-        if len(names) > 1:
-            yield Finding(PROBLEM, f"{split}: one class in {len(names)} folders: {_some(names)}", "join them")
-    for files, alike in by_files.items():
+    for several in by_name.values():
+        if len(several) > 1:
+            yield Finding(PROBLEM, f"{split}: one class in {len(several)} folders: {_some(several)}", "join them")
+    for inside, alike in by_files.items():
         first, *others = alike
-        same = [name for name in others if all(filecmp.cmp(folder / first / f, folder / name / f, False) for f in files[:COMPARED])]
+        same = [name for name in others if all(filecmp.cmp(folder / first / f, folder / name / f, False) for f in inside[:COMPARED])]
         if same:
             yield Finding(PROBLEM, f"{split}: the same pictures in {_some([first, *same])}", "remove all but one of the folders")
 

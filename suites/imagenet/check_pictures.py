@@ -8,7 +8,6 @@ import numpy as np
 
 from hgrn2_bench.doctor import NOTE, OK, PROBLEM, Finding, counted
 from hgrn2_bench.errors import DataError
-from hgrn2_bench.subsets import drawn
 from suites.imagenet.decode import decode_aloud, oddities, quiet
 from suites.imagenet.stored import Stored
 
@@ -28,8 +27,8 @@ READ_BY_CONTENT = "read by their content, as RGB"
 
 def picture_findings(title: str, stored: Stored) -> Iterator[Finding]:
     """A line for the damaged pictures of a split, and one for each kind of odd ones; `title` names the split."""
-    asked = 0 if os.environ.get(FULL) == "full" else SAMPLE
-    tried = np.sort(drawn(np.arange(len(stored)), asked, SEED)).tolist()
+    asked = len(stored) if os.environ.get(FULL) == "full" else min(SAMPLE, len(stored))
+    tried = np.sort(np.random.default_rng(SEED).choice(len(stored), asked, replace=False)).tolist()
     which = f"all {len(tried):,}" if len(tried) == len(stored) else f"a sample of {len(tried):,} of {len(stored):,}"
     more = "" if len(tried) == len(stored) else f" ({FULL}=full tries all)"
     damaged: list[str] = []

@@ -43,7 +43,10 @@ DAMAGED = "damaged file"
 
 @dataclass(frozen=True)
 class PictureSplit:
-    """N pictures with their classes; either `stored` or `pixels_NHWC` is there. Cheap to send to worker processes, however started."""
+    """N pictures with their classes; either `stored` or `pixels_NHWC` is there.
+
+    Worker processes may be forked or spawned: of stored pictures names and places travel to a spawned one, the pictures do not.
+    """
 
     labels_N: np.ndarray
     """int64."""
@@ -91,6 +94,8 @@ class Pictures:
     """Names in the order of the labels."""
     real_labels: tuple[tuple[int, ...], ...] | None = None
     """ReaL's classes of each test picture, of some none; None where they were not asked for."""
+    notes: tuple[str, ...] = ()
+    """What is not as the names of the splits say."""
 
     @property
     def skipped(self) -> int:
@@ -121,7 +126,9 @@ def load(config: ImagenetConfig) -> Pictures:
     splits = {name: _part(name, split, config) for name, split in _assigned(whole, config).items()}
     if config.policy == "skip":
         splits = {name: _without_damaged(split, place) for name, split in splits.items()}
-    return Pictures(splits, classes, _real_labels(splits["test"]) if config.real_labels else None)
+    real = _real_labels(splits["test"]) if config.real_labels else None
+    alone = len(whole) == 1
+    return Pictures(splits, classes, real, ("the set has no test data: a part of its training data is held out as such",) * alone)
 
 
 def _resident(config: ImagenetConfig, place: Place) -> tuple[dict[str, PictureSplit], tuple[str, ...]]:
@@ -182,7 +189,7 @@ def _part(name: str, split: PictureSplit, config: ImagenetConfig) -> PictureSpli
     asked = {"train": config.train_examples, "validation": config.validation_examples, "test": config.test_examples}[name]
     there = len(split) + sum(split.skipped.values())
     require(asked <= there, f"{config.dataset} has {there:,} {name} pictures, {asked:,} are wanted")
-    return split.take(np.sort(drawn(np.arange(len(split)), asked, DATA_SEED)))
+    return split.take(np.sort(drawn(np.arange(len(split)), asked, DATA_SEED))) if asked else split
 
 
 def _without_damaged(split: PictureSplit, place: Place) -> PictureSplit:

@@ -32,15 +32,13 @@ LABEL_KEYS = ("label", "cls")
 """Of a sample's JSON."""
 
 
-def pictures_in(folder: Path) -> list[str]:
-    """Pictures anywhere in a class folder by name relative to it, sorted; hidden files and folders are none."""
-    found = []
+def pictures_in(folder: Path) -> Iterator[str]:
+    """Pictures anywhere in a class folder by name relative to it; hidden files and folders are none."""
     for where, below, files in os.walk(folder, followlinks=True):
         below[:] = [name for name in below if not name.startswith(".")]
         inner = os.path.relpath(where, folder)
         prefix = "" if inner == "." else inner + "/"
-        found += [prefix + name for name in files if name.lower().endswith(PICTURES) and not name.startswith(".")]
-    return sorted(found)
+        yield from (prefix + name for name in files if name.lower().endswith(PICTURES) and not name.startswith("."))
 
 
 def in_order(names: Sequence[str]) -> list[str]:
@@ -54,14 +52,14 @@ Listing = Mapping[str, list[str]]
 
 def list_classes(folder: Path) -> Listing:
     """The class folders of a split that hold pictures; hidden folders and empty ones are no classes."""
-    there = {path.name: pictures_in(path) for path in subfolders(folder)}
+    there = {path.name: sorted(pictures_in(path)) for path in subfolders(folder)}
     return {name: there[name] for name in in_order([name for name, files in there.items() if files])}
 
 
 def class_names(place: Place) -> tuple[str, ...]:
     """The classes in the order of their labels; of tables and shards that name none, empty."""
     if place.layout == FOLDERS:
-        return tuple(list_classes(place.of("train")[0]))
+        return tuple(in_order([path.name for path in subfolders(place.of("train")[0]) if next(pictures_in(path), "")]))
     return parquet_classes(place.of("train")[0]) if place.layout == PARQUET else ()
 
 

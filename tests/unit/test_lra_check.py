@@ -269,7 +269,7 @@ def test_the_command_prints_findings_a_summary_and_ends_with_one_for_problems(tm
     ("words", "line"),
     [
         (["lraa", "check", "."], "Unknown suite 'lraa'. Did you mean 'lra'?"),
-        (["mqar", "check", "."], "suite mqar reads no data; suites that do: lra"),
+        (["mqar", "check", "."], "suite mqar reads no data; suites that do: imagenet, lra"),
         (["lra", "chek", "."], "Unknown action 'chek'. Did you mean 'check'?"),
         (["lra", "check", "absent"], "no folder absent"),
         (["lra", "check", "."], "nothing of the Long Range Arena in .: expected"),

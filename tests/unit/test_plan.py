@@ -343,7 +343,7 @@ def test_wrong_words_are_refused_with_the_nearest_right_one(words, message):
 
 def test_a_run_needs_a_known_suite():
     for words, message in [
-        ([], "name a suite: suite=lra|mqar"),
+        ([], "name a suite: suite=imagenet|lra|mqar"),
         (["suite=mqra"], "Unknown suite 'mqra'. Did you mean 'mqar'?"),
         (["suite=mqar,mqar"], "'suite=mqar,mqar': one suite at a time"),
         (["+suite=mqar"], "'+suite=mqar': write plain suite=value"),

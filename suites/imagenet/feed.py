@@ -25,6 +25,8 @@ from suites.imagenet.task import TaskConfig
 
 MOST_WORKERS, AHEAD = 16, 4
 """Worker processes of one process that trains, and batches that each works ahead."""
+STRONGEST = 9.99
+"""Magnitude of an operation of RandAugment, of 10: at 10 timm asks Pillow to keep no bit of a colour, which Pillow refuses by now."""
 INSTALL = 'pip install "hgrn2_bench[vision]"'
 Transform = Callable[[Any], np.ndarray]
 
@@ -47,7 +49,7 @@ def seeded(seed: Sequence[int]) -> Iterator[None]:
 
 def training_transform(config: TaskConfig) -> Transform:
     """What timm does to a training picture, all but erasing: a picture to bytes (C, H, W)."""
-    made: Transform = _timm().create_transform(
+    made = _timm().create_transform(
         config.image_size,
         is_training=True,
         use_prefetcher=True,
@@ -56,7 +58,11 @@ def training_transform(config: TaskConfig) -> Transform:
         interpolation="bicubic",
         re_prob=0.0,
     )
-    return made
+    for step in made.transforms:
+        for operation in getattr(step, "ops", ()):
+            operation.magnitude_max = STRONGEST
+    transform: Transform = made
+    return transform
 
 
 def evaluation_transform(config: TaskConfig) -> Transform:

@@ -233,6 +233,15 @@ def test_encoded_pictures_follow_from_seed_and_step_alone(folder_of_pictures, au
             assert torch.equal(mine, theirs)
 
 
+def test_no_strength_of_randaugment_is_refused_by_pillow(folder_of_pictures):
+    runner = runner_of(*folder_of_pictures, "augment=timm", "randaugment=rand-m10-n9-inc1")  # as strong as it gets
+    transform = feed.training_transform(runner.config)
+    image = runner.pictures.splits["train"].image(0)
+    for seed in range(30):
+        with feed.seeded([seed]):
+            assert transform(image).shape == (3, 16, 16)
+
+
 def test_workers_change_no_picture(folder_of_pictures, monkeypatch):
     words = (*folder_of_pictures, "augment=timm")
     alone = [runner_of(*words).batch(step) for step in range(2)]

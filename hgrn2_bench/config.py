@@ -43,6 +43,8 @@ class ModelConfig:
     glu_bias: bool = True
     norm: str = choice("layernorm", "rmsnorm", "simple_rmsnorm", "batchnorm")
     """`simple_rmsnorm` has no weight."""
+    final_norm: str = choice("as_blocks", "layernorm", "rmsnorm", "simple_rmsnorm")
+    """The norm before the head."""
     norm_eps: float = 0.0
     """Added under the root of the block norms; 0 for the usual 1e-5, of `simple_rmsnorm` 1e-6."""
     norm_group: int = 0
@@ -59,7 +61,10 @@ class ModelConfig:
     dropout: float = 0.0
     channel_dropout: float = 0.0
     """Inside a GLU, on the product of its branches."""
-    init: str = choice("mixer", "blanket")
+    drop_path: float = 0.0
+    """Stochastic depth: the rate at which a sequence skips a branch of the last layer; it rises linearly from 0 in the first."""
+    init: str = choice("mixer", "blanket", "truncated")
+    """Of matrices: PyTorch's and each mixer's own; or all anew, as Zoology's trainer does, or as timm's vision transformers."""
     scan: str = choice("causal", "both", "2d_parallel", "2d_series")
     """The orders in which mixers read: see `hgrn2_bench.directions`."""
     first_layer: str = "none"
@@ -76,7 +81,7 @@ class ModelConfig:
             wide or self.channel_width == 0, f"channel_width={self.channel_width} has no effect with channel_mixer={self.channel_mixer}"
         )
         require(self.channel_width >= 0, f"channel_width={self.channel_width} must be 0 (the usual width) or positive")
-        for name in ("embed_dropout", "dropout", "channel_dropout"):
+        for name in ("embed_dropout", "dropout", "channel_dropout", "drop_path"):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 0 and less than 1")
         glu = self.channel_mixer == "glu"
         require(
@@ -124,12 +129,14 @@ class TrainConfig:
     epochs: int = 1
     updates: int = 0
     """Optimiser steps in place of `epochs`; 0: epochs."""
-    schedule: str = choice("cosine", "cosine_epoch", "constant", "inverse_sqrt")
+    schedule: str = choice("cosine", "cosine_epoch", "cosine_timm", "constant", "inverse_sqrt")
     warmup: float = 0.0
     warmup_steps: int = 0
     """In place of `warmup`, a share of all steps."""
     warmup_from: float = 1e-7
-    """Of `inverse_sqrt`: the rate of the first step."""
+    """Of `inverse_sqrt` and `cosine_timm`: the rate of the first step."""
+    lr_end: float = 0.0
+    """Of `cosine_timm`: the rate that the cosine falls to."""
     schedule_steps: int = 0
     """Where a cosine per step ends, which may be after the last step or before it; 0 for the last step."""
     clip: float = 0.0
@@ -143,6 +150,8 @@ class TrainConfig:
     """Which weights are measured at the end; `both` gives rows of the best ones too, on splits `validation_best` and `test_best`."""
     cuda_graph: bool = True
     """On a GPU: replay the training step as one CUDA graph. Off for debugging, and to see what it saves."""
+    ema: float = 0.0
+    """Decay per step of an average of the weights, which is measured too, on splits `validation_ema` and `test_ema`; 0: none."""
     compile_blocks: bool = False
     """Run the blocks of the model through torch.compile."""
     parallel: str = choice("ddp", "fsdp")
@@ -156,7 +165,7 @@ class TrainConfig:
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         for name in ("warmup_steps", "schedule_steps", "micro_batch", "updates", "warmup_from"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema"):
             require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 0 and less than 1")
         require(not (self.warmup and self.warmup_steps), f"warmup={self.warmup} and warmup_steps={self.warmup_steps}: give one of them")
         per_step = self.schedule == "cosine"
@@ -168,13 +177,19 @@ class TrainConfig:
         """ConfigError where length, schedule and batch do not go together."""
         both = self.updates and self.epochs > 1
         require(not both, f"epochs={self.epochs} and updates={self.updates}: give one of them (epochs=1 or updates=0)")
-        by_epoch = self.schedule == "cosine_epoch"
-        require(not (by_epoch and self.updates), f"schedule=cosine_epoch goes by epochs: updates={self.updates} must be 0")
+        by_epoch = self.schedule in ("cosine_epoch", "cosine_timm")
+        require(not (by_epoch and self.updates), f"schedule={self.schedule} goes by epochs: updates={self.updates} must be 0")
         rooted = self.schedule == "inverse_sqrt"
         require(not rooted or self.warmup_steps >= 1, "schedule=inverse_sqrt falls from the end of its warm-up: give warmup_steps")
-        first = self.warmup_from
-        require(rooted or first == type(self).warmup_from, f"warmup_from={first} has no effect with schedule={self.schedule}")
+        first, by_timm = self.warmup_from, self.schedule == "cosine_timm"
+        require(rooted or by_timm or first == type(self).warmup_from, f"warmup_from={first} has no effect with schedule={self.schedule}")
         require(first <= self.lr, f"warmup_from={first} must be at most lr={self.lr}")
+        steps = f"warmup_steps={self.warmup_steps}: schedule=cosine_timm warms up for whole epochs; give warmup, a share of them"
+        require(not (by_timm and self.warmup_steps), steps)
+        require(by_timm or not self.lr_end, f"lr_end={self.lr_end} has no effect with schedule={self.schedule}")
+        require(0 <= self.lr_end <= self.lr, f"lr_end={self.lr_end} must be at least 0 and at most lr={self.lr}")
+        whole = self.parallel == "ddp" or not self.ema
+        require(whole, "parallel=fsdp holds shares of the weights, of which no average is kept: use parallel=ddp or ema=0")
         large = self.micro_batch > self.batch_size
         require(not large, f"micro_batch={self.micro_batch} must be at most batch_size={self.batch_size}")
 

@@ -246,7 +246,7 @@ def _train_and_measure(
     torch.manual_seed(cell.seed + distributed.current().rank)  # each process drops out units of its own
     if registry.protocol(cell.suite).speed:
         return _measure(cell, model, runner, facts)
-    best_weights = None if cell.checkpoint else _train(cell, model, folder, facts, report, stop)
+    further = {} if cell.checkpoint else _train(cell, model, folder, facts, report, stop)
     model.eval()
     facts.weights_hash = measure.weights_hash(model)
     metrics = list(runner.report(model))
@@ -255,9 +255,9 @@ def _train_and_measure(
         _note_trained(cell, found, facts)
     elif registry.protocol(cell.suite).saves_weights:
         _save_weights(cell, model, folder, facts)
-    if cell.train.keep == "both" and best_weights is not None:
-        model.load_state_dict(best_weights)
-        metrics += [dataclasses.replace(metric, split=f"{metric.split}_best") for metric in runner.report(model)]
+    for name, weights in further.items():
+        model.load_state_dict(weights)
+        metrics += [dataclasses.replace(metric, split=f"{metric.split}_{name}") for metric in runner.report(model)]
     return metrics
 
 
@@ -272,8 +272,8 @@ def _note_trained(cell: Cell, found: registry.Model, facts: Facts) -> None:
 
 def _train(
     cell: Cell, model: Backbone, folder: CellFolder, facts: Facts, report: Callable[[int, int, str], None], stop: Callable[[], bool]
-) -> Mapping[str, Any] | None:
-    """Train the model; its best weights on validation data, where they are kept beside the last ones."""
+) -> Mapping[str, Mapping[str, Any]]:
+    """Train the model; what other weights than the last ones are to be measured, by name."""
     assert facts.runner is not None
     assert facts.description is not None
     trainer = Trainer(model, facts.runner, cell.train, folder, cell.device, cell.dtype)
@@ -285,7 +285,7 @@ def _train(
         facts.progress, facts.training_step = trainer.at, trainer.steps.mode
         if cell.device == "cuda":
             facts.peak_bytes = int(torch.cuda.max_memory_allocated())
-    return trainer.best_weights
+    return trainer.further_weights()
 
 
 def _save_weights(cell: Cell, model: nn.Module, folder: CellFolder, facts: Facts) -> None:

@@ -40,6 +40,21 @@ def buffered(x_BTD: Tensor, past: int, name: str, ctx: Context) -> Tensor:
     return padded
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): in training a row of (B, ...) becomes 0 at this rate, and the others grow to keep the mean."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop rows."""
+        if not self.training or not self.dropout:
+            return x
+        kept_B = torch.rand(len(x), device=x.device) >= self.dropout
+        return x * (kept_B / (1 - self.dropout)).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
 class FollowsBackend:
     """A layer with a Triton kernel of fla beside torch's own; the model sets its `backend` to that of the mixers."""
 

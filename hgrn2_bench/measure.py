@@ -36,7 +36,8 @@ def train_flops_per_token(model: Backbone, seq_len: int, labels_per_token: float
     mixer's recurrence in its recurrent form (`Mixer.op_flops`), once for every scan; norms and activations are left out. An adaptive
     softmax counts whole, which is more than it takes.
     """
-    matrices = matrix_weights(model.blocks) + sum(repeated_weights(m) for m in model.mixers)
+    patches = getattr(model.embedding, "matrix_weights", 0)
+    matrices = patches + matrix_weights(model.blocks) + sum(repeated_weights(m) for m in model.mixers)
     head = getattr(model.head, "matrix_weights", matrix_weights(model.head)) * labels_per_token
     recurrences = [(m.op_flops(seq_len), directions.scans(m)) for m in model.mixers]
     known = [flops * scans for flops, scans in recurrences if flops is not None]

@@ -21,7 +21,7 @@ from hgrn2_bench import registry
 from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerSpec, Recomputing
-from hgrn2_bench.layers import ACTIVATIONS, BatchNorm, FollowsBackend, LayerNorm, RMSNorm
+from hgrn2_bench.layers import ACTIVATIONS, BatchNorm, DropPath, FollowsBackend, LayerNorm, RMSNorm
 
 
 def mixer_spec(config: ModelConfig, layer: int, backend: str, settings: Mapping[str, Any], max_len: int) -> MixerSpec:
@@ -88,13 +88,14 @@ def channel_mixer(config: ModelConfig) -> nn.Module | None:
     return nn.Identity() if config.channel_mixer == "identity" else None
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
-    """The norm that the protocol uses before every mixer and before the head."""
-    if config.norm == "batchnorm":
+def make_norm(config: ModelConfig, kind: str = "as_blocks") -> nn.Module:
+    """The norm that the protocol uses before every mixer, or before the head with `kind`."""
+    kind = config.norm if kind == "as_blocks" else kind
+    if kind == "batchnorm":
         return BatchNorm(config.d_model, config.norm_group)
-    if config.norm == "layernorm":
+    if kind == "layernorm":
         return LayerNorm(config.d_model, eps=config.norm_eps or 1e-5)
-    if config.norm == "rmsnorm":
+    if kind == "rmsnorm":
         return RMSNorm(config.d_model, eps=config.norm_eps or 1e-5)
     return RMSNorm(config.d_model, eps=config.norm_eps or 1e-6, elementwise_affine=False)  # 1e-6: SimpleRMSNorm of hgru2-pytorch
 
@@ -114,6 +115,7 @@ class Block(nn.Module):
         self.channel = channel_mixer(config)
         self.channel_norm = make_norm(config) if self.channel is not None else None
         self.dropout = nn.Dropout(config.dropout)
+        self.path = DropPath(config.drop_path * mixer.spec.layer / max(1, config.num_layers - 1))
 
     def forward(self, x_BTD: Tensor, ctx: Context) -> Tensor:
         """Mix over time, then over channels."""
@@ -125,9 +127,9 @@ class Block(nn.Module):
 
     def add(self, x: Tensor, mixed: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """The residual with what the mixer gave, then with what the channel mixer makes of it; (..., D) each."""
-        x = x + self.dropout(mixed)
+        x = x + self.path(self.dropout(mixed))
         if self.channel is not None and self.channel_norm is not None:
-            x = x + self.dropout(self.channel(normed(self.channel_norm, x, lengths_B)))
+            x = x + self.path(self.dropout(self.channel(normed(self.channel_norm, x, lengths_B))))
         return x
 
 
@@ -180,7 +182,7 @@ class Backbone(nn.Module):
         self.bound_table = nn.Parameter(torch.ones(config.num_layers, config.d_model)) if config.lower_bound != "none" else None
         specs = [mixer_spec(config, layer, backend, settings, max_len) for layer in range(config.num_layers)]
         self.blocks = nn.ModuleList(Block(config, make_mixer(config, mixer, spec)) for spec in specs)
-        self.norm = make_norm(config)
+        self.norm = make_norm(config, config.final_norm)
         self.head = ends.head()
         self.embed_dropout = nn.Dropout(config.embed_dropout)
         for module in self.modules():
@@ -192,19 +194,25 @@ class Backbone(nn.Module):
         """Embeddings at `embed_std`; `init=blanket` also re-initialises every Linear, mixers' too, as Zoology's trainer does.
 
         Blanket: standard deviation 0.02, biases 0, output projections 0.02 / sqrt(2 L). It erases what a mixer set itself (Mamba's dt).
+        Truncated: 0.02 for all, cut off at 2, biases 0, as timm's `trunc_normal_` has it.
         """
         for table in (self.embedding, self.position):
             if isinstance(table, nn.Embedding):
                 nn.init.normal_(table.weight, std=self.config.embed_std)
-        if self.config.init == "blanket":
+        if self.config.init != "mixer":
             for name, module in self.named_modules():
                 if isinstance(module, nn.Linear):
-                    is_output = name.rpartition(".")[2] in OUTPUT_PROJECTIONS
-                    nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * self.config.num_layers) if is_output else 0.02)
+                    self._init_matrix(module.weight, name.rpartition(".")[2] in OUTPUT_PROJECTIONS)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
             for mixer in self.mixers:
                 mixer.init_forget_bias()
+
+    def _init_matrix(self, weight: Tensor, is_output: bool) -> None:
+        if self.config.init == "truncated":
+            nn.init.trunc_normal_(weight, std=0.02)
+        else:
+            nn.init.normal_(weight, std=0.02 / math.sqrt(2 * self.config.num_layers) if is_output else 0.02)
 
     def forward(self, inputs: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D) after the final norm. ValueError where the sequence is longer than the table of positions."""
@@ -213,9 +221,13 @@ class Backbone(nn.Module):
         carry: dict[str, Any] = {}
         tables: dict[str, Any] = {}
         for block in self.blocks:
-            ctx = Context(shared=shared, carry=carry, tables=tables, lengths_B=lengths_B, grid=self.grid)
+            ctx = Context(shared=shared, carry=carry, tables=tables, lengths_B=lengths_B, grid=self.grid_of(inputs))
             x_BTD = recomputed(block, x_BTD, ctx) if self.config.recompute and torch.is_grad_enabled() else block(x_BTD, ctx)
         return normed(self.norm, x_BTD, lengths_B)
+
+    def grid_of(self, inputs: Tensor) -> tuple[int, int] | None:
+        """Height and width, in tokens, of the images among the inputs."""
+        return self.grid
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Embedded inputs with their positions from 0 on, (B, T, D). ValueError where the table of positions has fewer."""

@@ -34,8 +34,8 @@ from hgrn2_bench.speeds import speed_tables
 
 PAIRS_NEEDED = 5
 """Paired seeds from which two models may be called not distinguishable."""
-BEST = "test_best"
-"""The split on which weights stand that were the best on validation, where a run measured both (`keep=both`)."""
+WEIGHTS = {"test_best": "at the best validation", "test_ema": "of the averaged weights"}
+"""Splits of the test data on which other weights than the last ones were measured: with `keep=both`, and with `ema`."""
 SHOWN_BY_COLUMN = ("conv", "positions", "seed")
 
 
@@ -137,8 +137,8 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
         *[Column("off the match", fairness.percent)] * bool(matched),
     ]
     columns += [Column("local mixing"), Column("positions"), Column(f"{metric}, seed{'s' * (len(seeds) > 1)} {_listed(seeds)}")]
-    kept_both = any(BEST in run.splits for line in lines for run in line.runs)
-    columns += [Column(f"{metric} at the best validation")] * kept_both
+    measured = [split for split in WEIGHTS if any(split in run.splits for line in lines for run in line.runs)]
+    columns += [Column(f"{metric} {WEIGHTS[split]}") for split in measured]
     others = [each for each in protocol.beside_metric if metric == protocol.metric and any(_beside(line, each) != "–" for line in lines)]
     columns += [Column(heading) for heading, _, _ in others]
     columns += [Column("tokens/s", count)] * one_device + [Column("status")]
@@ -151,7 +151,7 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
             *[fairness.miss(line.first)] * bool(matched),
             *_costs(line.first)[4:],
             Score(summary(line, protocol.solved), {run.row.seed: run.value for run in line.runs}),
-            *([_at_best(line)] * kept_both),
+            *(_with_weights(line, split) for split in measured),
             *(_beside(line, each) for each in others),
             *([_speed(line)] * one_device),
             _status(line, best, seeds, protocol),
@@ -161,9 +161,9 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
     return Table(title, tuple(columns), tuple(body), tuple(_notes(lines, protocol, why, one_device)))
 
 
-def _at_best(line: Line) -> str:
-    """Test values of the weights with the best validation, in seed order."""
-    found = [run.splits.get(BEST) for run in line.runs]
+def _with_weights(line: Line, split: str) -> str:
+    """Test values of other weights than the last ones, in seed order."""
+    found = [run.splits.get(split) for run in line.runs]
     return ", ".join("–" if row is None or row.value is None else f"{row.value:.3f}" for row in found)
 
 

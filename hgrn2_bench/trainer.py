@@ -23,6 +23,7 @@ from hgrn2_bench import distributed, parallel
 from hgrn2_bench.accumulation import PieceSteps, check_divisible
 from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.config import TrainConfig
+from hgrn2_bench.ema import Average
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Mixer
 from hgrn2_bench.steps import Batch, Steps
@@ -48,7 +49,10 @@ class TrainableTask(Protocol):
     steps_per_epoch: int
 
     def batch(self, step: int) -> Batch:
-        """Batch number `step` on the device, a pure function of (data, step); its tokens (B, T, ...) come first."""
+        """Batch number `step` on the device, a pure function of (data, step).
+
+        Its tokens (B, T, ...) come first; a task whose batches begin with anything else has a method `tokens(batch)` that counts them.
+        """
         ...
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
@@ -119,6 +123,8 @@ def learning_rate(config: TrainConfig, step: int, steps: int, steps_per_epoch: i
     """Learning rate of 0-based `step` of `steps`: linear warm-up, then cosine to 0 per step or per epoch, or constant; or `inverse_sqrt`.
 
     A cosine that ends before the last step rises again after its end, as transformers' `get_cosine_schedule_with_warmup` does.
+    `cosine_timm` stands still within an epoch, as timm's scheduler does when stepped by epochs: from `warmup_from` at epoch 0 it rises to
+    the full rate at the end of the warm-up, and then follows a cosine that began at epoch 0 to `lr_end` at the end of the last epoch.
     `inverse_sqrt` is fairseq's: it rises from `warmup_from` at step 0 to the full rate at step `warmup_steps`, and then falls with the root
     of the step's number.
     """
@@ -126,6 +132,11 @@ def learning_rate(config: TrainConfig, step: int, steps: int, steps_per_epoch: i
     if config.schedule == "inverse_sqrt":
         rising = config.warmup_from + (config.lr - config.warmup_from) * step / warm
         return rising if step < warm else config.lr * math.sqrt(warm / step)
+    if config.schedule == "cosine_timm":
+        epoch, rise = step // steps_per_epoch, round(config.warmup * config.epochs)
+        if epoch < rise:
+            return config.warmup_from + (config.lr - config.warmup_from) * epoch / rise
+        return config.lr_end + (config.lr - config.lr_end) * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
     if step < warm:
         return config.lr * (step + 1) / warm
     if config.schedule == "constant":
@@ -158,6 +169,8 @@ class Trainer:
         self.logged_tokens, self.logged_s = 0, 0.0
         """Of the steps since the last record of the curve, those left out that measure no speed."""
         self.best_weights: dict[str, Tensor] | None = None
+        self.average = Average(model, config.ema) if config.ema else None
+        self.tokens_of: Callable[[Batch], int] = getattr(task, "tokens", lambda batch: batch[0].shape[:2].numel())
         self.saved_at = time.monotonic()
         self.peak_tokens_per_s: float | None = None
         """Tokens per second at which the devices' peak would be reached, for the curve."""
@@ -204,6 +217,11 @@ class Trainer:
             self.model.load_state_dict(self.best_weights)
         return self.at
 
+    def further_weights(self) -> dict[str, dict[str, Tensor]]:
+        """Weights to measure beside the last ones: the best ones with `keep=both`, and the average where there is one."""
+        best = {} if self.config.keep != "both" or self.best_weights is None else {"best": self.best_weights}
+        return best if self.average is None else {**best, "ema": self.average.tensors}
+
     def _decide(self, stop: Callable[[], bool]) -> int:
         """Whether to save or to stop now: what the clock and the user say on rank 0."""
         if self.world.size > 1 and self.at.step % DECIDE_EVERY:
@@ -219,7 +237,9 @@ class Trainer:
         if warm:
             self._settle()
         self.pending.append(self.steps(batch, self.rate))
-        self.window_tokens += batch[0].shape[:2].numel()
+        if self.average is not None:
+            self.average.update()
+        self.window_tokens += self.tokens_of(batch)
         at.step += 1
         if warm:
             self._settle(warm=True)
@@ -292,6 +312,7 @@ class Trainer:
             **state,
             "progress": asdict(self.at),
             "best": self.best_weights,
+            "ema": None if self.average is None else self.average.tensors,
             "rng": first[0],
             "cuda_rng": first[1],
             "other_rngs": others,
@@ -332,6 +353,8 @@ class Trainer:
             parallel.load_state(self.trained.model, self.optimizer, content)
             self.at = Progress(**content["progress"])
             self.best_weights = content["best"]
+            if self.average is not None:
+                self.average.load(content["ema"])
             self._set_generators([(content["rng"], content["cuda_rng"]), *content.get("other_rngs", [])])
             torch.set_num_threads(content["threads"])
             self.folder.cut_curve(content["curve_bytes"])

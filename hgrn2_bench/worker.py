@@ -11,6 +11,7 @@ import queue
 import sys
 import threading
 import time
+from multiprocessing import process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class _Inbox:
 
 def main(pipe: Connection, threads: int, gpu: int) -> None:
     """Serve one parent until it says stop or goes away; of the GPUs that the parent sees, see only number `gpu`."""
+    process.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # daemons may have no children, which make pictures
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible != "":  # empty: the user hides every GPU
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)

@@ -24,11 +24,13 @@ def cell(*words: str) -> Cell:
     return make_plan([*WORDS, *words], "cpu").cells[0]
 
 
+IMAGES = ("suite=imagenet", "preset=test", "model=hgrn2", "mix_group=2", "repeats=2", "train_examples=18", "batch_size=6", "epochs=2")
 CASES = {
     "ddp": cell(),
     "fsdp": cell("parallel=fsdp"),
     "ddp in pieces": cell("micro_batch=5"),
     "fsdp in pieces": cell("micro_batch=5", "parallel=fsdp"),
+    "images": make_plan([*IMAGES, "ema=0.8", "test_examples=11", "eval_batch_size=2"], "cpu").cells[0],
     "half": cell(),
 }
 

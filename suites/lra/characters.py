@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from suites.lra.items import Split, Texts
-from suites.lra.splits import take_texts
+from suites.lra.items import Split, Texts, take_texts
 
 PAD, UNK, EOS = 0, 1, 2
 SPECIALS = 3

@@ -13,11 +13,11 @@ import numpy as np
 
 from hgrn2_bench.doctor import NOTE, OK, PROBLEM, Finding, counted
 from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.images import grey
 from hgrn2_bench.rows import parquet_rows
 from suites.lra import images, listops, retrieval, text
 from suites.lra.characters import count_vocabulary
 from suites.lra.check_pathfinder import check_pathfinder
-from suites.lra.formats import grey
 from suites.lra.places import CLASSES, EXPECTED, Place, locate
 
 COPY_AGAIN = "copy or unpack it again from its source"

@@ -51,3 +51,15 @@ class Split:
     def __len__(self) -> int:
         """Number of items."""
         return len(self.labels_N)
+
+
+def take_texts(texts: Texts, indices_N: np.ndarray) -> Texts:
+    """Some sequences, in the order of the indices; the same object where they are all, in order."""
+    if np.array_equal(indices_N, np.arange(len(texts))):
+        return texts
+    ends_N = np.cumsum(texts.lengths_N[indices_N])
+    ids_S = np.empty(ends_N[-1] if len(ends_N) else 0, texts.ids_S.dtype)
+    for i, end in zip(indices_N, ends_N, strict=True):
+        sequence = texts[i]
+        ids_S[end - len(sequence) : end] = sequence
+    return Texts(ids_S, ends_N)

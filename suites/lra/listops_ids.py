@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from suites.lra.items import Split, Texts
+from hgrn2_bench.subsets import drawn
+from suites.lra.items import Split, Texts, take_texts
 from suites.lra.listops import CLOSE, CODES, TOKENS, Examples, evaluate, expression, tokenize
-from suites.lra.splits import drawn, take_texts
 
 SPECIALS = ("<pad>", "<unk>", "<eos>")
 """Tokens with the ids 0, 1, 2; state-spaces/s4. Nothing here is unknown: a text with a foreign token is refused."""

@@ -10,11 +10,11 @@ import numpy as np
 
 from hgrn2_bench.config import require
 from hgrn2_bench.errors import DataError
-from suites.lra.formats import decode_image
+from hgrn2_bench.images import decode_image
+from hgrn2_bench.subsets import check_count, drawn, random_parts
 from suites.lra.items import Split
 from suites.lra.pathfinder_metadata import LEAST_AGREEMENT, Line, foreign_contours, margin_agreement, metadata, size_of
 from suites.lra.places import RESOLUTIONS, Place
-from suites.lra.splits import check_count, drawn, random_parts
 
 COUNT = 200_000
 """Images of each difficulty."""

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from hgrn2_bench.errors import DataError
-from suites.lra.formats import decode_image
+from hgrn2_bench.images import decode_image
 
 FIELDS = 10
 """Least number of fields of a line; the last may be missing."""

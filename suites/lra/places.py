@@ -1,12 +1,12 @@
 """What a folder holds of the Long Range Arena: each copy of a task's data, and in which layout. Reads names only, and parquet footers."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from hgrn2_bench import reviews
+from hgrn2_bench.cifar import CIFAR10, FOLDERS, locate_batches, locate_folders
 from hgrn2_bench.errors import ConfigError, DataError
 from hgrn2_bench.files import files_in, folders, subfolders
 from hgrn2_bench.rows import has_column, parquet_footer, shards
@@ -21,9 +21,7 @@ EXPECTED = {
 }
 """Where each task's data lie, in words; folders above may have any name."""
 RESOLUTIONS = {"pathfinder": 32, "pathx": 128}
-CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-"""Of CIFAR-10, in the order of their labels."""
-NUMBERED = tuple(map(str, range(len(CLASSES))))
+CLASSES = CIFAR10.classes
 CLOSED = {"imgs", "metadata", "train", "test", "pos", "neg", "unsup"}
 """Folders of items, which are many: never searched for further data."""
 
@@ -90,7 +88,7 @@ def locate(root: Path) -> Found:
             faults.append(f"{folder}: cannot be read ({error.strerror})")
             continue
         places += _tables(folder, files)
-        places += _pickles_and_binaries(folder, files)
+        places += (Place("image", layout, folder, there) for layout, there in locate_batches(CIFAR10, files))
         places += _folders_of_items(folder)
         for there in shards(files, reviews.WORDS, reviews.ENDINGS):
             try:
@@ -121,23 +119,14 @@ def _tables(folder: Path, files: list[Path]) -> Iterator[Place]:
             yield Place(task, pattern.format("*"), folder, there)
 
 
-def _pickles_and_binaries(folder: Path, files: list[Path]) -> Iterator[Place]:
-    """CIFAR-10 as its authors give it."""
-    for layout, ending in (("python pickles", ""), ("binary files", ".bin")):
-        train = tuple(path for path in files if re.fullmatch(rf"data_batch_\d{re.escape(ending)}", path.name))
-        test = tuple(path for path in files if path.name == f"test_batch{ending}")
-        if train or test:
-            yield Place("image", layout, folder, {"train": train, "test": test})
-
-
 def _folders_of_items(folder: Path) -> Iterator[Place]:
     """One file an item: reviews, pictures by class, Pathfinder."""
     splits: Files = {split: (folder / split,) for split in ("train", "test") if (folder / split).is_dir()}
     inside = {path.name for paths in splits.values() for path in subfolders(paths[0])}
     if inside & {"pos", "neg"}:
         yield Place("text", "aclImdb folders", folder, splits)
-    elif inside & set(CLASSES) or inside >= set(NUMBERED):
-        yield Place("image", "image folders", folder, splits)
+    elif cifar := locate_folders(CIFAR10, folder):
+        yield Place("image", FOLDERS, folder, cifar)
     there: Files = {path.name: (path,) for path in _difficulties(folder)}
     for task, size in RESOLUTIONS.items():
         if there and folder.resolve().name == f"pathfinder{size}":

@@ -11,10 +11,10 @@ import numpy as np
 
 from hgrn2_bench.config import require
 from hgrn2_bench.errors import DataError
+from hgrn2_bench.subsets import check_count, drawn
 from suites.lra.characters import Row, count_vocabulary, encode
 from suites.lra.items import Split
 from suites.lra.places import Place
-from suites.lra.splits import check_count, drawn
 
 COUNTS = {"train": 147_086, "val": 18_090, "test": 17_437}
 """Train: state-spaces/s4. The other two are from the literature, unchecked: `data lra check` only notes a difference."""

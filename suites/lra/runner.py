@@ -13,6 +13,7 @@ from torch import Tensor
 from hgrn2_bench import registry
 from hgrn2_bench.classifier import Classifier
 from hgrn2_bench.engine import Shape
+from hgrn2_bench.pixels import shifted
 from hgrn2_bench.plan import Cell
 from hgrn2_bench.protocol import Metric
 from hgrn2_bench.steps import Batch
@@ -28,7 +29,6 @@ WINDOW = 50
 """Batches whose texts are sorted by length together."""
 EVAL_TOKENS = 1 << 18
 """Tokens that a model reads at once where it is scored: both documents of a pair count, and a text read both ways counts twice."""
-CROP_MARGIN = 4
 NORMAL = {
     # mean and standard deviation per channel of pixels in 0 .. 1: state-spaces/s4 for grey, OpenNLPLab/lra for colour
     ("image", "grey"): ((122.6 / 255,), (61.0 / 255,)),
@@ -78,7 +78,7 @@ class Items:
         if self.pixels_NHWC is not None:
             pixels_BHWC = self.pixels_NHWC[rows_B]
             if augmented_by:
-                pixels_BHWC = augmented(pixels_BHWC, np.random.default_rng(augmented_by))
+                pixels_BHWC = shifted(pixels_BHWC, np.random.default_rng(augmented_by))
             return self._normal(pixels_BHWC).flatten(1, 2), labels_B
         T = self._padded(int(self.lengths_N[rows].max()))
         found = [each.batch(rows_B, T) for each in self.documents]
@@ -95,24 +95,6 @@ class Items:
         """Pixels as a model takes them."""
         mean, sd = NORMAL.get((self.config.dataset, self.config.colour), ((0.5,), (0.5,)) if self.config.centred else ((0.0,), (1.0,)))
         return (pixels_BHWC / 255 - pixels_BHWC.new_tensor(mean, dtype=torch.float32)) / pixels_BHWC.new_tensor(sd, dtype=torch.float32)
-
-
-def augmented(pixels_BHWC: Tensor, rng: np.random.Generator) -> Tensor:
-    """A random crop of each image after mirroring CROP_MARGIN pixels at each side, then a flip of every second one by chance."""
-    B, H, W, _ = pixels_BHWC.shape
-    device = pixels_BHWC.device
-    top_B, left_B = torch.from_numpy(rng.integers(2 * CROP_MARGIN + 1, size=(2, B))).to(device)
-    flip_B = torch.from_numpy(rng.random(B) < 0.5).to(device)
-    y_BH = _mirrored(top_B[:, None] + torch.arange(H, device=device) - CROP_MARGIN, H)
-    x_BW = _mirrored(left_B[:, None] + torch.arange(W, device=device) - CROP_MARGIN, W)
-    x_BW = torch.where(flip_B[:, None], x_BW.flip(1), x_BW)
-    return pixels_BHWC[torch.arange(B, device=device)[:, None, None], y_BH[:, :, None], x_BW[:, None, :]]
-
-
-def _mirrored(place: Tensor, size: int) -> Tensor:
-    """Places outside of 0 .. size - 1 mirrored at the border, whose own pixel is repeated."""
-    place = torch.where(place < 0, -1 - place, place)
-    return torch.where(place >= size, 2 * size - 1 - place, place)
 
 
 class Runner:

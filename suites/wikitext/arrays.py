@@ -8,17 +8,17 @@ Shape letters: N tokens, L lines.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from hgrn2_bench.caching import writing
 from hgrn2_bench.cells import replace_file
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.files import CACHE
@@ -61,22 +61,6 @@ class Stored:
         return words + rest * words_of_line // of_line, size + rest * bytes_of_line // of_line
 
 
-def folder_of(parent: Path, name: str, key: Mapping[str, object]) -> Path:
-    """The folder of a key's arrays; `key` holds everything that decides them, as JSON."""
-    return parent / f"{name}-{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]}"
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if needed, for writing; waits for another process that holds it. The kernel frees it when its holder dies."""
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("a")
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def stored_words(folder: Path, make: Callable[[], list[str]]) -> list[str]:
     """The words of `words.txt`, made where there is no whole one. The folder is locked."""
     path = folder / "words.txt"
@@ -87,7 +71,7 @@ def stored_words(folder: Path, make: Callable[[], list[str]]) -> list[str]:
         warnings.warn(f"{path} is damaged; it is made again", stacklevel=2)
     words = make()
     content = "\n".join(words).encode()
-    with _writing(path):
+    with writing(path):
         replace_file(path, content + hashlib.sha256(content).digest())
     return words
 
@@ -146,7 +130,7 @@ def _make(folder: Path, split: str, tokenizer: Tokenizer, batches: Iterator[Batc
             unknown += sum(line.count(UNKNOWN) for line in batch)
         record = {"tokenizer": tokenizer.hash, "ids": ids.keep(), "lines": lines.keep(), "unknown": unknown}
     path = folder / f"{split}.json"
-    with _writing(path):
+    with writing(path):
         replace_file(path, json.dumps(record))
 
 
@@ -156,7 +140,7 @@ class _Growing:
     def __init__(self, path: Path) -> None:
         self._path, self._digest = path, hashlib.sha256()
         self._temporary = path.with_name(f"{path.name}.tmp")
-        with _writing(path):
+        with writing(path):
             self._file = self._temporary.open("wb")
 
     def __enter__(self) -> "_Growing":
@@ -171,22 +155,13 @@ class _Growing:
         """Write an array's values behind those before."""
         content = np.ascontiguousarray(array).tobytes()
         self._digest.update(content)
-        with _writing(self._path):
+        with writing(self._path):
             self._file.write(content)
 
     def keep(self) -> str:
         """Give the file its name; SHA-256 of its content."""
-        with _writing(self._path):
+        with writing(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._temporary.replace(self._path)
         return self._digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """A write that fails (a full disk, a folder that cannot be written) becomes one line with the remedy."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror or error}; make room, or set {CACHE} to a folder elsewhere") from None

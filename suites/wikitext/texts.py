@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from hgrn2_bench.caching import folder_of, locked
 from hgrn2_bench.config import require
 from hgrn2_bench.files import cache_folder, data_folder, fingerprint, named
 from suites.wikitext import arrays, counts, fairseq, model_tokenizer
@@ -90,7 +91,7 @@ def _tokenised(place: Place, config: WikitextConfig, model: Path | None) -> Sour
             counts.refuse_wrong(str(place.of(split)[0]), split, count(read_lines(place, split)))
     own = model_tokenizer.read(model) if config.tokenizer == "model" else None
     folder = _folder(place, f"model {own.hash}" if own else config.tokenizer)
-    with arrays.locked(folder):
+    with locked(folder):
         tokenizer = own or _tokenizer(place, config.tokenizer, folder)
         stored = _stored(folder, place, (*SCORED, "train"), tokenizer)
     card = _card(place, tokenizer)
@@ -99,7 +100,7 @@ def _tokenised(place: Place, config: WikitextConfig, model: Path | None) -> Sour
     if config.transfer:
         target = find_transfer(data_folder())
         folder = _folder(target, tokenizer.hash)
-        with arrays.locked(folder):
+        with locked(folder):
             stored |= {f"transfer_{split}": found for split, found in _stored(folder, target, SCORED, tokenizer).items()}
         card["transfer"] = ", ".join(path.name for split in SCORED for path in target.of(split))
     splits = {name: _cut(each, _asked(name, config)) for name, each in stored.items()}
@@ -118,7 +119,7 @@ def _folder(place: Place, tokenizer: str) -> Path:
     if tokenizer == "gpt2":
         vocabulary, merges, _ = read_bpe(data_folder())
         key["bpe"] = bpe_hash(vocabulary, merges)
-    return arrays.folder_of(cache_folder("wikitext"), place.dataset, key)
+    return folder_of(cache_folder("wikitext"), place.dataset, key)
 
 
 def _tokenizer(place: Place, name: str, folder: Path) -> Tokenizer:

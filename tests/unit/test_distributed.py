@@ -79,18 +79,19 @@ def both(tmp_path_factory):
     process = start(two_processes.__file__, together, cwd=together)
     two_processes.run(alone / "whole", two_processes.CASES["ddp"])
     two_processes.run(alone / "in pieces", two_processes.CASES["ddp in pieces"])
+    two_processes.run(alone / "images", two_processes.CASES["images"])
     code, _, err = ended(process)
     assert code == 0, err
     return together, alone
 
 
-def curve(results):
-    (path,) = results.glob("cells/mqar/*/metrics.jsonl")
+def curve(results, suite):
+    (path,) = results.glob(f"cells/{suite}/*/metrics.jsonl")
     return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_s"} for line in path.read_text().splitlines()]
 
 
-def assert_alike(results, whole):
-    found, expected = curve(results), curve(whole)
+def assert_alike(results, whole, suite="mqar"):
+    found, expected = curve(results, suite), curve(whole, suite)
     assert [record["step"] for record in found] == [record["step"] for record in expected]
     for mine, theirs in zip(found, expected, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
@@ -106,6 +107,15 @@ def test_two_processes_take_the_steps_of_one(both, name):
     assert {row.processes for row in rows} == {2}
     assert {row.effective["parallel"] for row in rows} == {name[:4].strip()}
     assert {row.details.get("processes") for row in rows} == {None}
+
+
+def test_two_processes_that_share_pictures_and_their_scoring_do_what_one_does(both):
+    together, alone = both
+    assert_alike(together / "images", alone / "images", suite="imagenet")
+    rows, kept = (find_rows(results / "images", "imagenet")[0] for results in both)
+    assert [(row.split, row.value, row.num_items) for row in rows] == [(row.split, row.value, row.num_items) for row in kept]
+    assert {row.num_items for row in rows} == {8, 11}
+    assert {row.split for row in rows} == {"validation", "test", "validation_ema", "test_ema"}
 
 
 def test_pieces_change_nothing_but_rounding(both):

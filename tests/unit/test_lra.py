@@ -9,13 +9,14 @@ import torch
 
 from hgrn2_bench import engine, measure, registry
 from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.pixels import shifted
 from hgrn2_bench.plan import make_plan
 from suites.lra import data, runner, standins
 from suites.lra.files import fingerprint_of
 from suites.lra.items import Split, Texts
 from suites.lra.places import CLASSES
 from suites.lra.protocol import DATASETS, PROTOCOL, LRAConfig, name_task
-from suites.lra.runner import Items, augmented
+from suites.lra.runner import Items
 
 PUBLISHED_PARAMETERS = {
     "listops": 149_770,
@@ -181,14 +182,14 @@ def test_sorted_batches_hold_texts_of_similar_length():
 def test_a_crop_mirrors_the_border_and_a_flip_turns_it():
     image = torch.arange(32 * 32).reshape(1, 32, 32, 1)
     draws = SimpleNamespace(integers=lambda *_, size: np.zeros(size, np.int64), random=lambda n: np.zeros(n))
-    out = augmented(image, draws)[0, ..., 0]  # the crop at the top left corner, flipped
+    out = shifted(image, draws)[0, ..., 0]  # the crop at the top left corner, flipped
     padded = torch.from_numpy(np.pad(image[0, ..., 0].numpy(), 4, mode="symmetric"))
     assert torch.equal(out, padded[:32, :32].flip(1))
 
 
 def test_augmentation_is_a_function_of_the_step_and_keeps_the_pixels():
     images = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8)
-    one, same, other = (augmented(images, np.random.default_rng([0, 1, step])) for step in (5, 5, 6))
+    one, same, other = (shifted(images, np.random.default_rng([0, 1, step])) for step in (5, 5, 6))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert one.dtype == torch.uint8

@@ -277,7 +277,7 @@ def test_without_a_folder_the_one_that_runs_read_is_checked(tmp_path, monkeypatc
     ("words", "line"),
     [
         (["lraa", "check", "."], "Unknown suite 'lraa'. Did you mean 'lra'?"),
-        (["mqar", "check", "."], "suite mqar reads no data; suites that do: lra"),
+        (["mqar", "check", "."], "suite mqar reads no data; suites that do: imagenet, lra"),
         (["lra", "chek", "."], "Unknown action 'chek'. Did you mean 'check'?"),
         (["lra", "check", "absent"], "no folder absent"),
         (["lra", "check"], "no folder data; name one, or set HGRN2_BENCH_DATA to it"),

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from hgrn2_bench.errors import ConfigError, DataError
-from suites.lra.formats import decode_image, grey
+from hgrn2_bench.images import decode_image, grey
+from hgrn2_bench.subsets import random_parts
 from suites.lra.images import read_images
 from suites.lra.places import CLASSES, find
 from suites.lra.readers import read
-from suites.lra.splits import random_parts
 
 ANY = {"counts": {}}
 

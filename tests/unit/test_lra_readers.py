@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from hgrn2_bench.errors import ConfigError, DataError
+from hgrn2_bench.subsets import drawn, random_parts
 from suites.lra.characters import EOS, PAD, UNK, Row, count_vocabulary, encode
+from suites.lra.items import take_texts
 from suites.lra.places import find, locate
 from suites.lra.readers import read
-from suites.lra.splits import drawn, random_parts, take_texts
 
 ANY = {"counts": {}}
 

@@ -368,7 +368,7 @@ def test_wrong_words_are_refused_with_the_nearest_right_one(words, message):
 
 def test_a_run_needs_a_known_suite():
     for words, message in [
-        ([], "name a suite: suite=lra|mqar"),
+        ([], "name a suite: suite=imagenet|lra|mqar"),
         (["suite=mqra"], "Unknown suite 'mqra'. Did you mean 'mqar'?"),
         (["suite=mqar,mqar"], "'suite=mqar,mqar': one suite at a time"),
         (["+suite=mqar"], "'+suite=mqar': write plain suite=value"),
@@ -657,6 +657,7 @@ BESIDE = {
     "norm_group": {"norm": "batchnorm"},
     "cutoffs": {"softmax": "adaptive"},
     "warmup_steps": {"warmup": 0.0},
+    "lr_end": {"schedule": "cosine_timm", "lr": 0.1},
     "warmup_from": {"schedule": "inverse_sqrt", "warmup": 0.0, "warmup_steps": 5, "lr": 0.1},
 }
 """What a field needs beside it to have an effect."""

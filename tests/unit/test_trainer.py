@@ -88,6 +88,14 @@ def test_constant_schedule_keeps_the_rate_after_warm_up():
     assert [learning_rate(config, step, 4, 4) for step in range(4)] == [1.0, 2.0, 2.0, 2.0]
 
 
+def test_cosine_of_timm_goes_by_epochs_and_counts_the_warm_up():
+    config = TrainConfig(lr=1.0, epochs=10, schedule="cosine_timm", warmup=0.2, warmup_from=0.1, lr_end=0.05)
+    rates = [learning_rate(config, step, 40, 4) for step in range(0, 40, 4)]
+    assert rates[:2] == pytest.approx([0.1, 0.55])
+    assert rates[2:] == pytest.approx([0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * epoch / 10)) for epoch in range(2, 10)])
+    assert learning_rate(config, 3, 40, 4) == rates[0]
+
+
 class Decaying(Mixer):
     no_weight_decay = ("matrix",)
 
@@ -185,6 +193,34 @@ def test_resume_continues_bit_for_bit(folder, cut):
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
     assert records(folder) == curve
     assert (resumed.at.step, resumed.at.best) == (80, 0.6)
+
+
+def test_average_of_weights_follows_its_formula_and_is_resumed(folder):
+    config = TrainConfig(lr=0.02, epochs=2, ema=0.9)
+    expected = {name: tensor.clone() for name, tensor in net().state_dict().items()}
+
+    class Watched(Regression):
+        def batch(self, step):
+            if step:
+                self.take()
+            return super().batch(step)
+
+        def take(self):
+            for name, tensor in made.model.state_dict().items():
+                expected[name] = 0.9 * expected[name] + 0.1 * tensor
+
+    task = Watched()
+    made = Trainer(net(), task, config, folder, "cpu", "float32")
+    torch.manual_seed(1)
+    made.fit(lambda *_: None, lambda: False)
+    task.take()
+    torch.testing.assert_close(made.average.tensors, expected)
+    folder.start_over()
+    steps = iter(range(1, 1000))
+    with pytest.raises(InterruptedTrainingError):
+        train(folder, config, stop=lambda: next(steps) == 7)
+    resumed = train(folder, config).average.tensors
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in made.average.tensors.items())
 
 
 def test_checkpoint_is_written_while_training(folder, monkeypatch):

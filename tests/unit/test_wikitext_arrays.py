@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hgrn2_bench.caching import folder_of, locked
 from hgrn2_bench.errors import ConfigError
 from suites.wikitext import arrays
 from suites.wikitext.tokenizers import Bytes, Words
@@ -27,7 +28,7 @@ def never():
 
 
 def test_a_split_is_made_once_and_counted(tmp_path):
-    with arrays.locked(tmp_path):
+    with locked(tmp_path):
         made = arrays.stored_split(tmp_path, "test", Words(["the", "cat"]), lines)
         again = arrays.stored_split(tmp_path, "test", Words(["the", "cat"]), never)
     assert made.ids_N.tolist() == again.ids_N.tolist() == [4, 5, 2, 2, 3, 4, 2]
@@ -75,6 +76,7 @@ def test_after_a_kill_finished_splits_stay_and_the_other_is_made(tmp_path):
     source = f"""
 import time
 from pathlib import Path
+from hgrn2_bench.caching import locked
 from suites.wikitext import arrays
 from suites.wikitext.tokenizers import Bytes
 folder = Path({str(tmp_path)!r})
@@ -82,7 +84,7 @@ def slow():
     yield ["half\\n"] * 100_000
     print("half", flush=True)
     time.sleep(60)
-with arrays.locked(folder):
+with locked(folder):
     arrays.stored_split(folder, "test", Bytes(), lambda: iter([["whole\\n"]]))
     arrays.stored_split(folder, "train", Bytes(), slow)
 """
@@ -90,7 +92,7 @@ with arrays.locked(folder):
         assert process.stdout.readline() == b"half\n"
         os.kill(process.pid, signal.SIGKILL)
     assert (tmp_path / "train.ids.tmp").exists()
-    with arrays.locked(tmp_path):
+    with locked(tmp_path):
         assert bytes(arrays.stored_split(tmp_path, "test", Bytes(), never).ids_N) == b"whole\n"
         assert bytes(arrays.stored_split(tmp_path, "train", Bytes(), lines).ids_N).decode() == "".join(LINES)
     assert not list(tmp_path.glob("*.tmp*"))
@@ -105,11 +107,12 @@ def test_a_kill_before_the_record_makes_the_split_again(tmp_path):
 def test_a_folder_is_for_one_at_a_time(tmp_path):
     source = f"""
 from pathlib import Path
+from hgrn2_bench.caching import locked
 from suites.wikitext import arrays
-with arrays.locked(Path({str(tmp_path)!r})):
+with locked(Path({str(tmp_path)!r})):
     print("in", flush=True)
 """
-    with arrays.locked(tmp_path):
+    with locked(tmp_path):
         process = subprocess.Popen([sys.executable, "-c", source], cwd=ROOT, stdout=subprocess.PIPE)
         time.sleep(1)
         assert process.poll() is None
@@ -122,12 +125,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     source = f"""
 import resource, signal
 from pathlib import Path
+from hgrn2_bench.caching import locked
 from suites.wikitext import arrays
 from suites.wikitext.tokenizers import Bytes
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
 folder = Path({str(tmp_path)!r})
-with arrays.locked(folder):
+with locked(folder):
     try:
         arrays.stored_split(folder, "train", Bytes(), lambda: iter([["line\\n"] * 10_000] * 100))
     except Exception as error:
@@ -142,11 +146,11 @@ with arrays.locked(folder):
 
 def test_a_cache_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"cannot write .*; make room, or set HGRN2_BENCH_CACHE"), arrays.locked(tmp_path / "file" / "x"):
+    with pytest.raises(ConfigError, match=r"cannot write .*; make room, or set HGRN2_BENCH_CACHE"), locked(tmp_path / "file" / "x"):
         pass
 
 
 def test_a_key_decides_the_folder(tmp_path):
-    first = arrays.folder_of(tmp_path, "text", {"a": 1, "b": 2})
-    assert first == arrays.folder_of(tmp_path, "text", {"b": 2, "a": 1})
-    assert first != arrays.folder_of(tmp_path, "text", {"a": 1, "b": 3})
+    first = folder_of(tmp_path, "text", {"a": 1, "b": 2})
+    assert first == folder_of(tmp_path, "text", {"b": 2, "a": 1})
+    assert first != folder_of(tmp_path, "text", {"a": 1, "b": 3})

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from hgrn2_bench.errors import DataError
-from suites.lra.items import Texts
 
 
 def permutation(number: int, seed: int) -> np.ndarray:
@@ -31,15 +30,3 @@ def check_count(where: str, number: int, expected: int | None, reason: str = "a 
     """Raise DataError unless there are as many items as expected (None: any number but 0)."""
     if number != expected if expected is not None else not number:
         raise DataError(f"{where}: {number:,} items, expected {'some' if expected is None else f'{expected:,}'}: {reason}")
-
-
-def take_texts(texts: Texts, indices_N: np.ndarray) -> Texts:
-    """Some sequences, in the order of the indices; the same object where they are all, in order."""
-    if np.array_equal(indices_N, np.arange(len(texts))):
-        return texts
-    ends_N = np.cumsum(texts.lengths_N[indices_N])
-    ids_S = np.empty(ends_N[-1] if len(ends_N) else 0, texts.ids_S.dtype)
-    for i, end in zip(indices_N, ends_N, strict=True):
-        sequence = texts[i]
-        ids_S[end - len(sequence) : end] = sequence
-    return Texts(ids_S, ends_N)

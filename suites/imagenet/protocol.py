@@ -25,6 +25,7 @@ PROTOCOL = Protocol(
     name_task=name_task,
     fingerprint=fingerprint,
     presets=PRESETS,
+    has_images=lambda config: True,
     budget=("image_size", "patch", "pool", "train_examples", "augment", "repeats", "mixup", "cutmix", "smoothing", "validation"),
     idle=("fingerprint", "softmax", "cutoffs", "embed_scale", "tie_embeddings"),
     beside_metric=(("top-5", "top5", "test"), ("ReaL", "real", "test")),

@@ -98,12 +98,14 @@ def run(
 
     Started by torchrun, all its processes work on one cell after another, each on a share of every batch.
     """
+    from hgrn2_bench.files import take_data_folder
     from hgrn2_bench.matching import announce, resolve
     from hgrn2_bench.running import Run
     from hgrn2_bench.together import choose, follow
     from hgrn2_bench.trackers import check_tracker
 
     if distributed.world().rank:
+        take_data_folder(words)  # rank 0 sends cells, which name no folder
         follow(_device(options.device))
         return
     check_tracker(options.track)

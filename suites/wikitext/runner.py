@@ -60,8 +60,12 @@ class Runner:
 
     @staticmethod
     def shape(cell: Cell) -> Shape:
-        """Size of the task; text files are tokenised for it, once."""
-        steps, blocks = _steps(corpus_of(cell), cell)
+        """Size of the task; text files are tokenised for it, once. ConfigError where training has less text than one block."""
+        corpus = corpus_of(cell)
+        steps, blocks = _steps(corpus, cell)
+        learns = registry.model(cell.model_ref).trained is None
+        few = f"block={cell.data.block} is longer than all text to train on, {len(corpus.splits['train'].ids_N):,} tokens"
+        require(blocks > 0 or not learns, few)
         tokens = min(cell.train.batch_size, blocks) * cell.data.block
         return Shape(cell.data.block, labels_per_token=1.0, steps_per_epoch=steps, tokens_per_epoch=steps * tokens, step_tokens=tokens)
 

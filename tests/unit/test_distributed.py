@@ -156,6 +156,20 @@ def test_torchrun_runs_the_program(tmp_path):
     assert (alone.returncode, "to run" in alone.stderr) == (0, False)  # one process finds the cells finished
 
 
+def test_every_process_reads_the_folder_that_the_words_name(tmp_path, monkeypatch):
+    monkeypatch.delenv("HGRN2_BENCH_DATA", raising=False)
+    monkeypatch.setenv("HGRN2_BENCH_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "valid", "test"):
+        tmp_path.joinpath("texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{split}.txt").write_text(f"a line of {split}\n" * 40)
+    words = ("suite=wikitext", "preset=test", "model=hgrn2", "dataset=text", "tokenizer=bytes", "symbols=64", "facts=0", "document=256")
+    run = ("-m", "hgrn2_bench", "run", *words, "data_dir=texts", "--device", "cpu", "--results", tmp_path / "r")
+    code, _, err = ended(start(*run, cwd=tmp_path))
+    assert code == 0, err
+    rows, _ = find_rows(tmp_path / "r", "wikitext")
+    assert {(row.status, row.processes, row.task) for row in rows} == {("ok", 2, "text-bytes")}
+
+
 def children(process):
     """The processes that torchrun started, by rank."""
     found = {}

@@ -293,3 +293,11 @@ def test_text_files_of_ones_own_are_trained_on_from_any_folder(tmp_path, monkeyp
 def test_a_folder_that_is_not_there_is_one_line(tmp_path):
     done = run("dataset=text", "data_dir=nowhere", cwd=tmp_path)
     assert (done.returncode, done.stderr.strip()) == (2, "error: data_dir=nowhere: no such folder")
+
+
+def test_a_text_without_one_whole_block_is_refused_for_what_learns():
+    (cell,) = cells("preset=test", "model=hgrn2", "block=16", "train_tokens=16")
+    assert Runner.shape(cell).tokens_per_epoch == 16
+    (short,) = cells("preset=test", "model=hgrn2", "block=16", "train_tokens=15")
+    with pytest.raises(ConfigError, match=r"^block=16 is longer than all text to train on, 15 tokens$"):
+        Runner.shape(short)

@@ -48,7 +48,7 @@ class WikitextConfig:
         drawn = self.dataset == "markov"
         for name in ("symbols", "facts", "document"):
             value = getattr(self, name)
-            idle = f"{name}={value} has no effect on dataset={self.dataset}; presets smoke and test are for the generated source, preset=short is for text"
+            idle = f"{name}={value} has no effect on dataset={self.dataset}: presets smoke and test are not for text; try preset=short"
             require(drawn or value == getattr(type(self), name), idle)
         known = f"symbols={self.symbols} with facts={self.facts}"
         require(2 * self.facts < self.symbols, f"{known}: {self.facts} keys, as many values and the separator are different symbols")

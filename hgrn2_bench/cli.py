@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hgrn2_bench import distributed, registry
+from hgrn2_bench import distributed, listing, registry
 from hgrn2_bench.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
@@ -188,53 +188,13 @@ def _hint(words: Sequence[str], plan: "Plan") -> str:
 def list_command(name: Annotated[str, typer.Argument(help="A suite or a model, to see its keys, presets or settings.")] = "") -> None:
     """List suites, presets and models; with a name, its details."""
     if not name:
-        _print_all()
+        listing.print_all()
     elif name in registry.suites():
-        _print_suite(name)
+        listing.print_suite(name)
     elif ".py" in name or name in registry.models():
-        _print_model(name)
+        listing.print_model(name)
     else:
         raise unknown("suite or model", name, [*registry.suites(), *registry.models()])
-
-
-def _print_all() -> None:
-    print("suites")
-    for name in registry.suites():
-        print(f"  {name:<18}{registry.suite_summary(name)}")
-        for preset, content in registry.protocol(name).presets.items():
-            print(f"    {f'preset={preset}':<20}{content.summary}")
-    print("\nmodels")
-    for name, model in registry.models().items():
-        print(f"  {name:<18}{model.summary}")
-    print("\n`list NAME` shows the keys of a suite or the settings of a model")
-
-
-def _print_suite(name: str) -> None:
-    from hgrn2_bench.plan import sections
-
-    protocol = registry.protocol(name)
-    print(f"{name}: {registry.suite_summary(name)}\nprotocol version {protocol.version}, metric {protocol.metric} ({protocol.unit})")
-    for preset, content in protocol.presets.items():
-        print(f"\npreset={preset}: {content.summary}\n  source: {content.source}\n  tasks: {', '.join(content.tasks)}")
-        last = {word.partition("=")[0]: word for word in content.words}  # a preset may take over words and replace some
-        print(f"  words: {' '.join(last.values())}")
-    print("\nkeys (defaults; presets override them)")
-    for schema in sections(protocol).values():
-        for field in dataclasses.fields(schema):
-            if field.name in protocol.idle:
-                continue
-            choices = field.metadata.get("choices")
-            print(f"  {field.name}={field.default}" + (f"  ({'|'.join(choices)})" if choices else ""))
-
-
-def _print_model(ref: str) -> None:
-    from hgrn2_bench.config import written
-
-    model = registry.model(ref)
-    print(f"{model.name}: {model.summary}\nversion {model.version}, {model.module}\nsettings")
-    for field in dataclasses.fields(model.settings):
-        choices = field.metadata.get("choices")
-        print(f"  {model.name}.{field.name}={written(field.default)}" + (f"  ({'|'.join(choices)})" if choices else ""))
 
 
 @app.command(name="check")

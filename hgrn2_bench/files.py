@@ -8,9 +8,12 @@ import hashlib
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from hgrn2_bench.errors import ConfigError
 
+Place = TypeVar("Place")
+"""One copy of some data; as text its folder and layout."""
 DATA, CACHE = "HGRN2_BENCH_DATA", "HGRN2_BENCH_CACHE"
 WORD = "data_dir="
 SAMPLE = 1 << 16
@@ -46,6 +49,15 @@ def check_data_folder(root: Path, what: str) -> None:
     if not root.is_dir():
         remedy = f"give data_dir=DIR or set {DATA}, or choose preset=smoke, which needs none"
         raise ConfigError(f"{what} needs files: {root} is no folder; {remedy}")
+
+
+def only_copy(places: Sequence[Place], root: Path, what: str, expected: str, faults: Sequence[str] = ()) -> Place:
+    """The one place among those found below a folder. ConfigError where there is none, with what was expected, or more than one."""
+    if not places:
+        raise ConfigError("; ".join([f"no data of {what} in {root}: expected {expected}", *faults]))
+    if len(places) > 1:
+        raise ConfigError(f"{root} holds {len(places)} copies of {what}: {', '.join(map(str, places))}; give the folder of one")
+    return places[0]
 
 
 def cache_folder(suite: str) -> Path:

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from hgrn2_bench.errors import ConfigError, DataError
-from hgrn2_bench.files import searched
+from hgrn2_bench.errors import DataError
+from hgrn2_bench.files import only_copy, searched
 from hgrn2_bench.rows import has_column, json_rows, parquet_footer, parquet_rows, shards
 
 EXPECTED = "aclImdb/{train,test}/{pos,neg}/*.txt, or *train*.parquet and *test*.parquet (text, label), or the same as .jsonl or .jsonl.gz"
@@ -39,11 +39,7 @@ def find_reviews(root: Path) -> Reviews:
     """The only copy of the reviews below a folder. ConfigError where there is none, or more than one to choose from."""
     closed = {*SPLITS, *CLASSES, "unsup"}
     found = [each for folder, files in searched(root, closed) for each in _reviews_in(folder, files)]
-    if not found:
-        raise ConfigError(f"no IMDB reviews in {root}: expected {EXPECTED}")
-    if len(found) > 1:
-        raise ConfigError(f"{root} holds {len(found)} copies of the IMDB reviews: {', '.join(map(str, found))}; give the folder of one")
-    return found[0]
+    return only_copy(found, root, "the IMDB reviews", EXPECTED)
 
 
 def _reviews_in(folder: Path, files: list[Path]) -> Iterator[Reviews]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hgrn2_bench import cifar
-from hgrn2_bench.errors import ConfigError, DataError
-from hgrn2_bench.files import DATA, files_in, folders, subfolders
+from hgrn2_bench.errors import DataError
+from hgrn2_bench.files import check_data_folder, files_in, folders, only_copy, subfolders
 from hgrn2_bench.rows import has_column, parquet_footer, shards
 
 WORDS = {
@@ -84,16 +84,12 @@ class Place:
 
 def find(root: Path, dataset: str) -> Place:
     """The only copy of a set below a folder. ConfigError where there is none, or more than one to choose from."""
-    if not root.is_dir() and not (dataset == "fashion" and DEBIAN_FASHION.is_dir()):
-        raise ConfigError(f"{dataset} needs files: {root} is no folder; set {DATA}, or choose dataset=drawn, which needs none")
+    if dataset != "fashion" or not DEBIAN_FASHION.is_dir():
+        check_data_folder(root, dataset)
     places, faults = locate(root, dataset)
     if not places and dataset == "fashion":
         places, _ = locate(DEBIAN_FASHION, dataset)
-    if not places:
-        raise ConfigError("; ".join([f"no data of {dataset} in {root}: expected {EXPECTED[dataset]}", *faults]))
-    if len(places) > 1:
-        raise ConfigError(f"{root} holds {len(places)} copies of {dataset}: {', '.join(map(str, places))}; give the folder of one")
-    return places[0]
+    return only_copy(places, root, dataset, EXPECTED[dataset], faults)
 
 
 def locate(root: Path, dataset: str) -> tuple[list[Place], list[str]]:

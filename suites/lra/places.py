@@ -8,7 +8,7 @@ from pathlib import Path
 from hgrn2_bench import reviews
 from hgrn2_bench.cifar import CIFAR10, FOLDERS, locate_batches, locate_folders
 from hgrn2_bench.errors import ConfigError, DataError
-from hgrn2_bench.files import files_in, folders, subfolders
+from hgrn2_bench.files import files_in, folders, only_copy, subfolders
 from hgrn2_bench.rows import has_column, parquet_footer, shards
 
 EXPECTED = {
@@ -67,12 +67,7 @@ class Found:
 def find(root: Path, task: str) -> Place:
     """The only copy of a task's data below a folder. ConfigError where there is none, or more than one to choose from."""
     found = locate(root)
-    places = found.of(task)
-    if not places:
-        raise ConfigError("; ".join([f"no data of {task} in {root}: expected {EXPECTED[task]}", *found.faults]))
-    if len(places) > 1:
-        raise ConfigError(f"{root} holds {len(places)} copies of {task}: {', '.join(map(str, places))}; give the folder of one")
-    return places[0]
+    return only_copy(found.of(task), root, task, EXPECTED[task], found.faults)
 
 
 def locate(root: Path) -> Found:

@@ -146,7 +146,7 @@ def _reviews(root: Path) -> Iterator[Finding]:
     try:
         found = find_reviews(root)
     except ConfigError as error:
-        is_absent = str(error).startswith("no IMDB reviews")
+        is_absent = str(error).startswith("no data of the IMDB reviews")
         yield Finding(NOTE, "imdb: not here", f"expected {REVIEWS_EXPECTED}") if is_absent else Finding(PROBLEM, f"imdb: {error}")
         return
     place = Place("imdb", "reviews", found.layout, found.folder, found.files)

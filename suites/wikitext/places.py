@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hgrn2_bench.errors import ConfigError, DataError
-from hgrn2_bench.files import check_data_folder, searched
+from hgrn2_bench.errors import DataError
+from hgrn2_bench.files import check_data_folder, only_copy, searched
 from hgrn2_bench.reviews import find_reviews
 from hgrn2_bench.rows import has_column, parquet_footer, parquet_rows, shards
 from suites.wikitext.counts import UNKNOWN
@@ -75,31 +75,24 @@ def find(root: Path, dataset: str, tokenizer: str) -> Place:
         return Place("imdb", "reviews", found.layout, found.folder, found.files)
     if dataset == "text":
         sets = list(locate_texts(root))
-        lacking = [f"; {place} has no {' and no '.join(place.missing)} split" for place in sets if place.missing]
-        return _only([place for place in sets if not place.missing], root, dataset, "".join(lacking))
+        lacking = [f"{place} has no {' and no '.join(place.missing)} split" for place in sets if place.missing]
+        return only_copy([place for place in sets if not place.missing], root, dataset, EXPECTED[dataset], lacking)
     there = list(locate_wikitext(root))
     named = [place for place in there if not is_named_2(place.folder, root)] or there
     readable = [place for place in named if place.form != "bin" or holds_words(place) == (tokenizer == "word")]
     for form in PREFERRED[tokenizer]:
         if found_of_form := [place for place in readable if place.form == form]:
-            return _only(found_of_form, root, dataset, "")
+            return only_copy(found_of_form, root, dataset, EXPECTED[dataset])
     remarks = [f"found {place}, which tokenizer={tokenizer} cannot read" for place in named]
     remarks += [f"{place.folder} has files of WikiText-2" for place in locate_transfer(root) if is_named_2(place.of("test")[0], root)]
-    return _only([], root, dataset, "; ".join(["", *remarks]))
+    return only_copy([], root, dataset, EXPECTED[dataset], remarks)
 
 
 def find_transfer(root: Path) -> Place:
     """WikiText's validation and test split as .tokens, WikiText-103's where both are there. ConfigError where none are, or several."""
     there = list(locate_transfer(root))
-    return _only([place for place in there if not is_named_2(place.of("test")[0], root)] or there, root, "transfer", "")
-
-
-def _only(places: list[Place], root: Path, dataset: str, remarks: str) -> Place:
-    if not places:
-        raise ConfigError(f"no data of {dataset} in {root}: expected {EXPECTED[dataset]}{remarks}")
-    if len(places) > 1:
-        raise ConfigError(f"{root} holds {len(places)} copies of {dataset}: {', '.join(map(str, places))}; give the folder of one")
-    return places[0]
+    whole = [place for place in there if not is_named_2(place.of("test")[0], root)]
+    return only_copy(whole or there, root, "transfer", EXPECTED["transfer"])
 
 
 def is_named_2(path: Path, root: Path) -> bool:

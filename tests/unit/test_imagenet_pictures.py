@@ -213,7 +213,7 @@ def test_a_cut_shard_and_samples_without_their_half_are_told(data):
 
 
 def test_original_archives_and_missing_data_are_told_with_the_remedy(data):
-    with pytest.raises(ConfigError, match="is no folder; set HGRN2_BENCH_DATA, or choose dataset=drawn"):
+    with pytest.raises(ConfigError, match="is no folder; give data_dir=DIR or set HGRN2_BENCH_DATA"):
         read()
     data.mkdir()
     (data / "ILSVRC2012_img_train.tar").write_bytes(b"")

@@ -30,7 +30,7 @@ COLUMNS = (
     "train FLOPs",
     "time a cell (estimate)",
 )
-H100_FLOPS = 0.17 * 989e12
+H100_FLOPS = 0.195 * 989e12
 """What a training step of HGRN2 at 340M parameters and 2,048 tokens reached on an H100 (results/tables/throughput.md), of its bf16 peak."""
 
 

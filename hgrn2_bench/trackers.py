@@ -6,7 +6,7 @@ Both are optional packages, imported when a run that asks for one writes its fir
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.errors import ConfigError, unknown
@@ -41,17 +41,14 @@ def mirrored(kind: str, folder: CellFolder) -> Iterator[Mirror]:
             each.close()
 
 
-class _Tracker:
+class _Tracker(Protocol):
     """One open run of a tracker, which goes on after `step` steps where the cell was resumed."""
 
-    def __init__(self, folder: CellFolder, step: int) -> None:
-        raise NotImplementedError
+    def __init__(self, folder: CellFolder, step: int) -> None: ...
 
-    def write(self, values: Mapping[str, float], step: int) -> None:
-        raise NotImplementedError
+    def write(self, values: Mapping[str, float], step: int) -> None: ...
 
-    def close(self) -> None:
-        raise NotImplementedError
+    def close(self) -> None: ...
 
 
 class _TensorBoard(_Tracker):

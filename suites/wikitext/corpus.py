@@ -1,7 +1,7 @@
 """A tokenised corpus: one array of token ids for each split, in the order of the text. Imports no torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,5 +37,3 @@ class Corpus:
     hash: str
     """16 hex digits over all ids of all splits and the card."""
     skipped: int = 0
-    counts: Mapping[int, int] = field(default_factory=dict)
-    """How often each id occurs in training, where an adaptive softmax asks for it; empty where nobody does."""

@@ -47,8 +47,11 @@ def _name(mixer: type[Mixer]) -> str:
     return next((name for name, model in registry.models().items() if model.module == mixer.__module__), mixer.__name__)
 
 
-class GLU(nn.Module):
-    """Gated linear unit, W3(act(W1 x) * W2 x), (..., D) -> (..., D), the activation SiLU or none (arXiv 2002.05202, as in HGRN2's code)."""
+class GLU(FollowsBackend, nn.Module):
+    """Gated linear unit, W3(act(W1 x) * W2 x), (..., D) -> (..., D), the activation SiLU or none (arXiv 2002.05202, as in HGRN2's code).
+
+    In a training step's CUDA graph on fla, SiLU and the product are one kernel each way, which reads and writes a third less.
+    """
 
     def __init__(self, d_model: int, width: int, dropout: float = 0.0, activation: str = "silu", bias: bool = True) -> None:
         super().__init__()
@@ -58,7 +61,14 @@ class GLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the unit."""
-        return self.down(self.dropout(ACTIVATIONS[self.activation](self.gate(x)) * self.up(x)))
+        return self.down(self.dropout(self._gated(self.gate(x), self.up(x))))
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.activation == "silu" and self.on_triton(gate) and self.replayed and torch.is_grad_enabled():
+            from hgrn2_bench.ops import fla
+
+            return fla.swiglu(gate, up)
+        return ACTIVATIONS[self.activation](gate) * up
 
 
 class MLP(nn.Module):

@@ -344,6 +344,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return _function("fla.modules.norm.layernorm", "rms_norm")(x, weight, None, eps=eps)  # type: ignore[no-any-return]
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """SiLU(gate) * up in the dtype of both, computed in fp32."""
+    return _function("fla.modules.activations", "swiglu")(gate, up)  # type: ignore[no-any-return]
+
+
 def causal_conv(x_BTD: Tensor, weight_DW: Tensor, bias_D: Tensor | None) -> Tensor:
     """Causal depthwise convolution over time in the dtype of x, zeros before the start."""
     y_BTD: Tensor = _function("fla.modules.causal_conv1d.ops", "causal_conv1d")(x_BTD, weight_DW, bias_D)[0]

@@ -1,5 +1,6 @@
 """Language models on the GPU: fla's fused loss beside the chunked one, its memory, a step in a CUDA graph, states carried."""
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hgrn2_bench import checkpoints, engine, fla_models, registry
 from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.language import LanguageModel
+from hgrn2_bench.ops import fla
 from hgrn2_bench.plan import make_plan
 
 pytestmark = [
@@ -94,3 +96,18 @@ def test_a_trained_model_in_a_run_has_the_same_numbers_on_either_device(tmp_path
         assert {(row.status, row.backend) for row in rows} == {("ok", {"cpu": "chunked", "cuda": "fla"}[device])}
         found.append({(row.split, row.metric): row.value for row in rows})
     assert found[0] == pytest.approx(found[1], rel=1e-2, abs=1e-2)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_a_gated_unit_agrees_with_its_kernel(dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(0)
+    gate, up, weight = (torch.randn(3, 70, 96, device="cuda", dtype=dtype) for _ in range(3))
+
+    def grads(product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], kind: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.to(kind).requires_grad_() for x in (gate, up)]
+        found = product(*leaves)
+        return [found.detach(), *torch.autograd.grad((found * weight.to(kind)).sum(), leaves)]
+
+    exact = grads(lambda x, y: torch.nn.functional.silu(x) * y, torch.float64)
+    for mine, expected in zip(grads(fla.swiglu, dtype), exact, strict=True):
+        assert (mine.double() - expected).abs().max() <= tolerance * expected.abs().max()

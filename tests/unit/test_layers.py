@@ -18,7 +18,7 @@ from hgrn2_bench.layers import (
     l2_norm,
     token_shift,
 )
-from hgrn2_bench.model import SequenceModel
+from hgrn2_bench.model import GLU, SequenceModel
 from hgrn2_bench.ops import fla
 
 
@@ -167,7 +167,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype]]:
 
         return run
 
-    for name in ("layer_norm", "rms_norm", "causal_conv"):
+    for name in ("layer_norm", "rms_norm", "causal_conv", "swiglu"):
         monkeypatch.setattr(fla, name, kernel(name))
     monkeypatch.setattr(FollowsBackend, "on_triton", lambda self, x: self.backend == "fla")
     return found
@@ -205,3 +205,19 @@ def test_a_convolution_gives_fla_s_kernel_what_it_holds_and_takes_it_off_again(a
         assert torch.equal(conv(x, Context(state=ctx.next_state)), x)
     assert torch.equal(ctx.next_state["conv_x"][0], x[:, 2:])
     assert asked == [("causal_conv", torch.float32)] * 3
+
+
+def test_a_gated_unit_takes_fla_s_kernel_in_a_captured_training_step_on_fla_only(asked: list[tuple[str, torch.dtype]]) -> None:
+    x = torch.randn(2, 3, 8)
+    for activation, expected in (("none", []), ("silu", [("swiglu", torch.float32)])):
+        unit = GLU(8, 12, activation=activation)
+        plain = unit(x)
+        unit.backend = "fla"
+        assert torch.equal(unit(x), plain)
+        unit.replayed = True
+        with torch.no_grad():
+            unit(x)
+        assert asked == []
+        unit(x)
+        assert asked == expected
+        asked.clear()

@@ -60,6 +60,7 @@ LIGHT = (
     "protocol",
     "registry",
     "trained",
+    "markov_recipe",
     "words",
     "backends",
     "plan",

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from hgrn2_bench.caching import folder_of, locked
 from hgrn2_bench.config import require
+from hgrn2_bench.corpus import Corpus, TokenSplit
 from hgrn2_bench.files import cache_folder, data_folder, fingerprint, named
 from suites.wikitext import arrays, counts, fairseq, model_tokenizer
-from suites.wikitext.corpus import Corpus, TokenSplit
 from suites.wikitext.places import DICTIONARY, SPLITS, Place, find, find_transfer
 from suites.wikitext.readers import HELD_OUT, SHUFFLE_SEED, count, read_lines
 from suites.wikitext.settings import WikitextConfig

@@ -294,7 +294,7 @@ def _save_weights(cell: Cell, model: nn.Module, folder: CellFolder, facts: Facts
         checkpoints: Any = importlib.import_module("hgrn2_bench.checkpoints")
         tokens = runner_class(cell).shape(cell).tokens(facts.progress.step)
         card = checkpoints.Card(cell.model_ref, cell.settings, getattr(facts.runner, "card", {}), tokens)
-        checkpoints.save(model, card, folder.weights)
+        checkpoints.save(model, card, folder.weights, getattr(facts.runner, "vocabulary", None))
     distributed.gathered(None)
 
 

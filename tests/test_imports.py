@@ -60,6 +60,7 @@ LIGHT = (
     "protocol",
     "registry",
     "trained",
+    "text_tokenizers",
     "markov_recipe",
     "words",
     "backends",

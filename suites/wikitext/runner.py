@@ -52,6 +52,7 @@ class Runner(BlockTask):
         super().__init__(cell, corpus_of(cell))
         self.config: WikitextConfig = cell.data
         self.data_hash, self.skipped, self.card = self.corpus.hash, self.corpus.skipped, dict(self.corpus.card)
+        self.vocabulary = self.corpus.vocabulary
         self.unigram = unigram_perplexities(self.corpus)
         self.extrapolates = cell.model_config.positions not in TABLES
 

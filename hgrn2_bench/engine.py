@@ -55,7 +55,10 @@ class CellRunner(Protocol):
     skipped: int
 
     def __init__(self, cell: Cell) -> None:
-        """Make or read the cell's data on the cell's device; touches no global random state and knows no model."""
+        """Make or read the cell's data on the cell's device; touches no global random state and knows no model.
+
+        A runner that has an attribute `folder` (None at first) gets there the cell's own folder, in the process that may write to it.
+        """
 
     @staticmethod
     def shape(cell: Cell) -> Shape:
@@ -240,6 +243,8 @@ def _train_and_measure(
     model = build(cell)
     facts.description = describe(cell, model)
     facts.runner = runner = runner_class(cell)(cell)
+    if hasattr(runner, "folder") and folder.writes:
+        runner.folder = folder.path
     model = model.to(cell.device)
     if cell.device == "cuda":
         torch.cuda.reset_peak_memory_stats()

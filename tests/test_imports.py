@@ -60,8 +60,6 @@ LIGHT = (
     "protocol",
     "registry",
     "trained",
-    "text_tokenizers",
-    "markov_recipe",
     "words",
     "backends",
     "plan",
@@ -89,6 +87,8 @@ LIGHT = (
     "warm",
     "status",
     "datacheck",
+    "markov_recipe",
+    "text_tokenizers",
 )
 
 

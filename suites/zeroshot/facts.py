@@ -28,7 +28,7 @@ from suites.zeroshot.settings import SMOKE
 ITEMS = 200
 """Of each task."""
 LONGEST = 60
-"""Tokens of a document up to the value that is asked for, so that all fits into a block of training."""
+"""Tokens of a document up to the value that is asked for: with the token before them they fit into a block of 64."""
 LOTS = 3 * 4 * 5
 """Every number of choices divides it."""
 STREAM = 4

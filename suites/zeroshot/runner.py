@@ -28,6 +28,7 @@ from hgrn2_bench.trained import Trained
 from hgrn2_bench.trainer import DivergedError
 from suites.zeroshot import facts, loading
 from suites.zeroshot.catalogue import tasks_folder
+from suites.zeroshot.encoding import Encoder
 from suites.zeroshot.harness import Outcome, evaluate
 from suites.zeroshot.lm import BenchLM
 from suites.zeroshot.settings import SMOKE, ZeroshotConfig
@@ -108,11 +109,11 @@ class Runner(BlockTask):
             return evaluate(self._lm(model, store), self.config, records, own)
 
     def _lm(self, model: Any, store: Path | None) -> BenchLM:
-        """The model as lm-eval takes it."""
-        cell, config = self.cell, self.config
-        return BenchLM(
+        """The model as lm-eval takes it. Of others than ours the tokenizer decides what begins a text, as under lm-eval's own `hf` model."""
+        cell, config, tokenizer = self.cell, self.config, self._tokenizer()
+        lm = BenchLM(
             model=model,
-            tokenizer=self._tokenizer(),
+            tokenizer=tokenizer,
             batch_size=cell.train.eval_batch_size,
             device=cell.device,
             dtype="auto" if cell.checkpoint else cell.dtype,
@@ -123,6 +124,10 @@ class Runner(BlockTask):
             store=store,
             check=config.check,
         )
+        found = registry.model(cell.model_ref).trained
+        if found and not loading.is_own_folder(found.folder):
+            lm.encoder = Encoder(tokenizer, config.bos)
+        return lm
 
     def _tokenizer(self) -> Any:
         """That of the folder, or that of the source."""

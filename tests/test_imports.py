@@ -78,6 +78,8 @@ LIGHT = (
     "provenance",
     "cells",
     "executor",
+    "markov_recipe",
+    "text_tokenizers",
     "distributed",
     "together",
     "trackers",
@@ -87,8 +89,6 @@ LIGHT = (
     "warm",
     "status",
     "datacheck",
-    "markov_recipe",
-    "text_tokenizers",
 )
 
 

@@ -49,6 +49,7 @@ PROTOCOL = Protocol(
     saves_weights=True,
     takes_any_language_model=True,
     averaged=("lm_task", SIX),
+    averaged_as=("PIQA", "HS", "WG", "ARC-e", "ARC-c", "OBQA"),
     beside_metric=(
         ("acc", "acc", "test"),
         ("acc_norm", "acc_norm", "test"),

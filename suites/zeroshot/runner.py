@@ -109,7 +109,7 @@ class Runner(BlockTask):
             return evaluate(self._lm(model, store), self.config, records, own)
 
     def _lm(self, model: Any, store: Path | None) -> BenchLM:
-        """The model as lm-eval takes it. Of others than ours the tokenizer decides what begins a text, as under lm-eval's own `hf` model."""
+        """The model as lm-eval takes it; of others than ours the tokenizer decides what begins a text, as under lm-eval's `hf` model."""
         cell, config, tokenizer = self.cell, self.config, self._tokenizer()
         lm = BenchLM(
             model=model,

@@ -17,7 +17,7 @@ from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.markov_recipe import Recipe
 from hgrn2_bench.plan import make_plan
 from hgrn2_bench.protocol import Metric
-from hgrn2_bench.text_tokenizers import FILES
+from hgrn2_bench.text_tokenizers import FILES, tokenizer_files_of
 from suites.zeroshot import facts, runner
 from suites.zeroshot.catalogue import tasks_folder
 from suites.zeroshot.harness import Outcome, evaluate
@@ -275,6 +275,28 @@ def test_a_model_that_learned_in_place_answers_alike_from_its_folder(model, toke
     before = {(row.split, row.metric): row.value for row in rows if row.split != "validation"}
     assert {(row.split, row.metric): row.value for row in again} == pytest.approx(before)
     assert again[0].data_hash == rows[0].data_hash
+
+
+def test_the_tokenizer_of_a_model_that_is_none_of_ours_decides_what_begins_a_text(done, tmp_path, monkeypatch):
+    rows, folder = done["hgrn2"]
+    assert rows[0].details["scoring"]["bos"].startswith("always: token 0")
+    monkeypatch.setattr(runner.loading, "is_own_folder", lambda ref: False)  # as HGRN2 in the format of fla
+    again, _ = run(cells("preset=test", f"model={folder.weights}")[0], tmp_path)
+    assert again[0].details["scoring"]["bos"].startswith("auto: token 0")
+
+
+def test_a_model_of_another_maker_is_asked_as_it_is(tmp_path):
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=256, n_embd=16, n_layer=1, n_head=2, n_positions=512, bos_token_id=10, eos_token_id=10)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "other")
+    for name, text in tokenizer_files_of({"tokenizer": "bytes 0"}).items():
+        (tmp_path / "other" / name).write_text(text)
+    rows, _ = run(cells("preset=test", f"model={tmp_path / 'other'}")[0], tmp_path / "results")
+    assert {row.status for row in rows} == {"ok"}, rows[0].reason
+    assert (rows[0].backend, rows[0].steps, rows[0].truncated) == ("transformers", 0, 0)
+    assert (rows[0].details["scoring"]["bos"], rows[0].details["scoring"]["max_length"]) == ("auto: token 10 as the tokenizer has it", 512)
+    assert not any(row.split == "validation" for row in rows)
 
 
 @pytest.fixture

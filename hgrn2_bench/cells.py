@@ -1,8 +1,9 @@
 """A cell's folder: config, status, curve, checkpoint, rows, and its lock beside it.
 
 `<results>/cells/<suite>/<key>/` holds config.json, status.json, metrics.jsonl, checkpoint.pt, rows.jsonl and error.txt, where its suite
-saves trained models also the folder model/; the lock is the file `<key>.lock`. The curve is appended to, and cut back to the checkpoint on
-resume; every other file is replaced whole, so that a kill leaves the old one or the new one.
+saves trained models also the folder model/, and while a model is asked item by item the folder scores/; the lock is the file `<key>.lock`.
+The curve is appended to, and cut back to the checkpoint on resume; every other file is replaced whole, so that a kill leaves the old one or
+the new one.
 """
 
 import contextlib
@@ -21,6 +22,10 @@ from hgrn2_bench.results import Row, read_rows
 
 FINAL = ("ok", "skipped", "diverged")
 """Outcomes that a rerun keeps; failed, oom and timeout are tried again, from their checkpoint where they have one."""
+
+
+SCORES = "scores"
+"""Folder of what is known of single items while a cell runs; whoever writes there names files by the weights that gave the scores."""
 
 
 class LockedError(Exception):
@@ -127,11 +132,12 @@ class CellFolder:
             yield remark
 
     def start_over(self) -> None:
-        """Forget results, curve, checkpoint and trained weights."""
+        """Forget results, curve, checkpoint, trained weights and scores of items."""
         for name in ("status.json", "rows.jsonl", "metrics.jsonl", "checkpoint.pt", "error.txt"):
             self._remove(name)
         if self.writes:
-            shutil.rmtree(self.weights, ignore_errors=True)
+            for folder in (self.weights, self.path / SCORES):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def begin(self) -> None:
         """Mark the cell as running; what an earlier try reached stays noted."""
@@ -165,11 +171,13 @@ class CellFolder:
         self.write("status.json", json.dumps({**kept, "outcome": outcome, **facts}))
 
     def finish(self, rows: list[Row]) -> None:
-        """Write the rows, then the outcome; the checkpoint of a finished cell is no longer needed."""
+        """Write the rows, then the outcome; the checkpoint and the scores of a finished cell are no longer needed."""
         self.write("rows.jsonl", "".join(row.to_json() + "\n" for row in rows))
         self.set_status(rows[0].status, reason=rows[0].reason)
         if rows[0].status in FINAL:
             self._remove(self.checkpoint.name)
+            if self.writes:
+                shutil.rmtree(self.path / SCORES, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

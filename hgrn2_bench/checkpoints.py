@@ -1,5 +1,6 @@
 """Trained language models as folders: `model.safetensors`, and a `config.json` from which the model is built again.
 
+Beside them stand the files of the tokenizer, which no hash covers (see `hgrn2_bench.text_tokenizers`).
 `load` also takes a folder of fla's, as published on the Hugging Face hub (see `hgrn2_bench.fla_models`).
 """
 
@@ -11,15 +12,17 @@ import torch
 from hgrn2_bench import fla_models, registry, trained, weights
 from hgrn2_bench.errors import ConfigError, DataError
 from hgrn2_bench.language import LanguageModel
+from hgrn2_bench.text_tokenizers import Vocabulary, tokenizer_files_of
 from hgrn2_bench.trained import FORMAT, VERSION, Card, read_card
 
 __all__ = ["FORMAT", "VERSION", "Card", "load", "read_card", "save"]
 
 
-def save(model: LanguageModel, card: Card, folder: Path) -> str:
+def save(model: LanguageModel, card: Card, folder: Path, vocabulary: Vocabulary | None = None) -> str:
     """Write a checkpoint in place of what `folder` held, and return the SHA-256 of its weights.
 
-    It appears whole or not at all. ConfigError where the folder cannot be written.
+    It has the tokenizer's files where card and vocabulary tell what it is. It appears whole or not at all.
+    ConfigError where the folder cannot be written.
     """
     tensors = model.state_dict()
     if model.config.tie_embeddings:
@@ -38,6 +41,8 @@ def save(model: LanguageModel, card: Card, folder: Path) -> str:
             "sha256": sha256,
         }
         weights.write_config(new, content)
+        for name, text in tokenizer_files_of(card.tokenizer, vocabulary).items():
+            (new / name).write_text(text, encoding="utf-8")
     return sha256
 
 

@@ -55,7 +55,10 @@ class CellRunner(Protocol):
     skipped: int
 
     def __init__(self, cell: Cell) -> None:
-        """Make or read the cell's data on the cell's device; touches no global random state and knows no model."""
+        """Make or read the cell's data on the cell's device; touches no global random state and knows no model.
+
+        A runner that has an attribute `folder` (None at first) gets there the cell's own folder, in the process that may write to it.
+        """
 
     @staticmethod
     def shape(cell: Cell) -> Shape:
@@ -240,6 +243,8 @@ def _train_and_measure(
     model = build(cell)
     facts.description = describe(cell, model)
     facts.runner = runner = runner_class(cell)(cell)
+    if hasattr(runner, "folder") and folder.writes:
+        runner.folder = folder.path
     model = model.to(cell.device)
     if cell.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -294,7 +299,7 @@ def _save_weights(cell: Cell, model: nn.Module, folder: CellFolder, facts: Facts
         checkpoints: Any = importlib.import_module("hgrn2_bench.checkpoints")
         tokens = runner_class(cell).shape(cell).tokens(facts.progress.step)
         card = checkpoints.Card(cell.model_ref, cell.settings, getattr(facts.runner, "card", {}), tokens)
-        checkpoints.save(model, card, folder.weights)
+        checkpoints.save(model, card, folder.weights, getattr(facts.runner, "vocabulary", None))
     distributed.gathered(None)
 
 

@@ -24,6 +24,8 @@ class Preset:
     """Tables of `published.csv` whose protocol this preset repeats, so that values may be compared."""
     source_models: tuple[str, ...] = ()
     """Models that the source ran: the table calls all others our extension of the protocol. Empty where the protocol is ours."""
+    open_tasks: bool = False
+    """Other names than `tasks` may be given too: those for which the protocol's `open_task` has words."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Protocol:
     name_task: Callable[[Any], str]
     """The task's name from its data settings, so that a row's task always says what was run."""
     presets: Mapping[str, Preset]
+    open_task: Callable[[str], tuple[str, ...]] | None = None
+    """Of a suite whose tasks are too many to list: the words of one by its name. ConfigError with the nearest name for an unknown one."""
     fingerprint: Callable[..., str] | None = None
     """Of a suite that reads files: what tells those of these data settings from any others; planning puts it into their `fingerprint`.
 
@@ -91,6 +95,8 @@ class Protocol:
     """Further columns of the table of the primary metric, where a run has them: heading, metric, split."""
     averaged: tuple[str, tuple[str, ...]] = ("", ())
     """A setting that names the tasks, and the values over all of which, and no fewer, a model has an average."""
+    averaged_as: tuple[str, ...] = ()
+    """Their headings as `published.csv` has them, where models of several sizes were published; parts of tasks then stand apart."""
     figures: tuple[Figure, ...] = ()
     """What `plot` draws."""
     idle: tuple[str, ...] = ()
@@ -99,6 +105,8 @@ class Protocol:
     """The suite trains language models, and each cell's folder keeps its own under `model/` once the cell has ended well.
 
     Such folders may stand for models: they are evaluated as they are."""
+    takes_any_language_model: bool = False
+    """The suite evaluates folders of trained models, and not ours alone but any causal language model that transformers can build."""
 
 
 @dataclass(frozen=True)

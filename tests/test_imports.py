@@ -78,6 +78,8 @@ LIGHT = (
     "provenance",
     "cells",
     "executor",
+    "markov_recipe",
+    "text_tokenizers",
     "distributed",
     "together",
     "trackers",

@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from suites.wikitext.corpus import TokenSplit
+from hgrn2_bench.blocks import Text
+from hgrn2_bench.corpus import TokenSplit
 
 CARRIED_TOKENS = 4096
 """Tokens of a chunk with a carried state, which only bounds memory: the state is the same however the text is cut."""
@@ -34,27 +35,6 @@ class Scores(Protocol):
 
     def losses(self, inputs_BT: Tensor, targets_BT: Tensor, states: Any = None, return_states: bool = False) -> tuple[Tensor, Any]:
         """Nats of every target (B, T), and the states after the last one where they are asked for."""
-
-
-@dataclass(frozen=True)
-class Text:
-    """The ids (N,) of a split, what stands before them, how many windows are scored at once, and where."""
-
-    ids_N: NDArray[np.integer]
-    start_id: int
-    batch_size: int = 32
-    device: str = "cpu"
-
-    def __len__(self) -> int:
-        """Number of tokens, every one of which is predicted."""
-        return len(self.ids_N)
-
-    def pairs(self, begin_B: NDArray[np.int64], width: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, T) on the device: targets from each begin on, inputs the tokens one before them."""
-        place = begin_B[:, None] + np.arange(-1, width)
-        ids = np.where(place < 0, self.start_id, self.ids_N[place.clip(min=0)]).astype(np.int64)
-        ids_BT = torch.from_numpy(ids).to(self.device)
-        return ids_BT[:, :-1], ids_BT[:, 1:]
 
 
 class Ledger:

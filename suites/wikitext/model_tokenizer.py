@@ -11,6 +11,7 @@ import numpy as np
 from hgrn2_bench.config import require
 from hgrn2_bench.errors import DataError
 from hgrn2_bench.rows import needed
+from hgrn2_bench.text_tokenizers import Vocabulary
 from suites.wikitext.readers import Batch
 from suites.wikitext.tokenizers import INSTALL, Encoded, dtype_of
 
@@ -23,6 +24,7 @@ class ModelTokenizer:
 
     name = "model"
     end_of_line = "the newline of the text, as the model's tokenizer sees it"
+    vocabulary: Vocabulary | None = None
 
     def __init__(self, tokenizer: Any, digest: str, start_id: int) -> None:
         """`tokenizer` of the library of that name; its truncation and padding are switched off."""

@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from hgrn2_bench import checkpoints, registry
+from hgrn2_bench import checkpoints, markov, registry
+from hgrn2_bench.blocks import BlockTask, shape_of
 from hgrn2_bench.config import require
+from hgrn2_bench.corpus import Corpus, TokenSplit
 from hgrn2_bench.engine import Shape
 from hgrn2_bench.language import LanguageModel
 from hgrn2_bench.plan import Cell
 from hgrn2_bench.probes import probe
 from hgrn2_bench.protocol import Metric
-from hgrn2_bench.steps import Batch
 from hgrn2_bench.trained import Trained
 from hgrn2_bench.trainer import DivergedError
-from suites.wikitext import markov, texts
-from suites.wikitext.corpus import Corpus, TokenSplit
-from suites.wikitext.evaluation import Nats, Sums, Text, by_position, carried, carried_card, excess, windowed, windowed_card
+from suites.wikitext import texts
+from suites.wikitext.evaluation import Nats, Sums, by_position, carried, carried_card, excess, windowed, windowed_card
 from suites.wikitext.settings import WikitextConfig
 
 TABLES = ("learned", "sinusoid")
@@ -34,7 +33,9 @@ PROBED_BLOCKS = 8
 
 @functools.lru_cache(maxsize=2)
 def _corpus(config: WikitextConfig, seed: int, model: Path | None) -> Corpus:
-    return markov.generate(config, seed) if config.dataset == "markov" else texts.load(config, model)
+    if config.dataset == "markov":
+        return markov.generate(config.recipe(), seed, config.train_tokens, config.eval_tokens)
+    return texts.load(config, model)
 
 
 def corpus_of(cell: Cell) -> Corpus:
@@ -42,32 +43,23 @@ def corpus_of(cell: Cell) -> Corpus:
     return _corpus(cell.data, cell.seed, Path(cell.model_ref) if cell.data.tokenizer == "model" else None)
 
 
-class Runner:
+class Runner(BlockTask):
     """One cell of the suite; see `hgrn2_bench.engine.Runner`."""
 
     truncated = 0
 
     def __init__(self, cell: Cell) -> None:
+        super().__init__(cell, corpus_of(cell))
         self.config: WikitextConfig = cell.data
-        self.corpus = corpus_of(cell)
         self.data_hash, self.skipped, self.card = self.corpus.hash, self.corpus.skipped, dict(self.corpus.card)
-        self.batch_size, self.eval_batch_size = cell.train.batch_size, cell.train.eval_batch_size
-        self.seed, self.device = cell.seed, cell.device
-        self.steps_per_epoch, self.blocks = _steps(self.corpus, cell)
-        self.order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self.vocabulary = self.corpus.vocabulary
         self.unigram = unigram_perplexities(self.corpus)
         self.extrapolates = cell.model_config.positions not in TABLES
 
     @staticmethod
     def shape(cell: Cell) -> Shape:
         """Size of the task; text files are tokenised for it, once. ConfigError where training has less text than one block."""
-        corpus = corpus_of(cell)
-        steps, blocks = _steps(corpus, cell)
-        learns = registry.model(cell.model_ref).trained is None
-        few = f"block={cell.data.block} is longer than all text to train on, {len(corpus.splits['train'].ids_N):,} tokens"
-        require(blocks > 0 or not learns, few)
-        tokens = min(cell.train.batch_size, blocks) * cell.data.block
-        return Shape(cell.data.block, labels_per_token=1.0, steps_per_epoch=steps, tokens_per_epoch=steps * tokens, step_tokens=tokens)
+        return shape_of(cell, corpus_of(cell), learns=registry.model(cell.model_ref).trained is None)
 
     @staticmethod
     def build(cell: Cell) -> LanguageModel:
@@ -82,34 +74,6 @@ class Runner:
         if cell.model_config.softmax == "adaptive":
             model.rank(dict(enumerate(np.bincount(corpus.splits["train"].ids_N, minlength=corpus.vocab_size).tolist())))
         return model
-
-    def batch(self, step: int) -> Batch:
-        """Inputs and targets (B, T) of batch `step`: whole blocks of the training split, shuffled by (seed, epoch), each once an epoch."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        if self.order[0] != epoch:
-            self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.blocks)
-        rows = self.order[1][place * self.batch_size : (place + 1) * self.batch_size]
-        return self.text("train").pairs(rows * self.config.block, self.config.block)
-
-    def text(self, split: str) -> Text:
-        """The ids of a split as scoring takes them."""
-        return Text(self.corpus.splits[split].ids_N, self.corpus.start_id, self.eval_batch_size, self.device)
-
-    def size(self, batch: Batch) -> int:
-        """Blocks of a batch."""
-        return len(batch[0])
-
-    def part(self, batch: Batch, rows: slice) -> Batch:
-        """Some of them."""
-        return tuple(tokens[rows] for tokens in batch)
-
-    def targets(self, batch: Batch) -> int:
-        """Tokens that a batch predicts."""
-        return batch[1].numel()
-
-    def loss(self, model: LanguageModel, batch: Batch) -> Tensor:
-        """Mean nats of a batch."""
-        return model.loss(*batch)
 
     def score(self, model: LanguageModel, split: str) -> float:
         """Minus the mean nats of a split, each block alone."""
@@ -183,12 +147,6 @@ def refuse_unlike(found: Trained, corpus: Corpus, config: WikitextConfig) -> Non
     require(corpus.vocab_size <= found.vocab_size, few)
     table = found.config.positions in TABLES and config.block > found.max_len
     require(not table, f"block={config.block}: {found.folder} has a table of positions ({found.config.positions}) for {found.max_len}")
-
-
-def _steps(corpus: Corpus, cell: Cell) -> tuple[int, int]:
-    """Steps of an epoch, and the whole blocks of the training split. Blocks that fill no batch wait for the next epoch's order."""
-    blocks = len(corpus.splits["train"].ids_N) // cell.data.block
-    return max(1, blocks // cell.train.batch_size), blocks
 
 
 def finite(nats_N: Nats, split: str) -> Nats:

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 
 from hgrn2_bench.config import choice, require
-
-MAX_VOCAB = 65_536
-"""Of a generated corpus."""
+from hgrn2_bench.markov_recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +37,21 @@ class WikitextConfig:
 
     def __post_init__(self) -> None:
         require(self.block >= 2, f"block={self.block} must be at least 2 tokens")
-        for name in ("train_tokens", "eval_tokens", "window", "curve", "facts"):
+        for name in ("train_tokens", "eval_tokens", "window", "curve"):
             require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
         require(self.window < self.block, f"window={self.window} leaves no new token in a block of {self.block}")
         whole = self.curve % self.block == 0
         require(whole, f"curve={self.curve} must be a multiple of block={self.block}")
-        require(2 <= self.symbols <= MAX_VOCAB, f"symbols={self.symbols} must be at least 2 and at most {MAX_VOCAB}")
         drawn = self.dataset == "markov"
         for name in ("symbols", "facts", "document"):
             value = getattr(self, name)
             idle = f"{name}={value} has no effect on dataset={self.dataset}: presets smoke and test are not for text; try preset=short"
             require(drawn or value == getattr(type(self), name), idle)
-        known = f"symbols={self.symbols} with facts={self.facts}"
-        require(2 * self.facts < self.symbols, f"{known}: {self.facts} keys, as many values and the separator are different symbols")
-        long = self.document >= 2 * self.facts + 2
-        require(long, f"document={self.document} with facts={self.facts} must be at least {2 * self.facts + 2}: 2 tokens beside the facts")
+        self.recipe()
         require(not (drawn and self.transfer), "transfer=true: a generated source has no words to transfer to")
         words = "transfer=true: tokenizer=word has the words of its own training text only; use tokenizer=gpt2 or bytes"
         require(not (self.transfer and self.tokenizer == "word"), words)
+
+    def recipe(self) -> Recipe:
+        """Of a generated source."""
+        return Recipe(self.symbols, self.facts, self.document)

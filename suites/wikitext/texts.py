@@ -11,9 +11,10 @@ from pathlib import Path
 
 from hgrn2_bench.caching import folder_of, locked
 from hgrn2_bench.config import require
+from hgrn2_bench.corpus import Corpus, TokenSplit
 from hgrn2_bench.files import cache_folder, data_folder, fingerprint, named
+from hgrn2_bench.text_tokenizers import Vocabulary
 from suites.wikitext import arrays, counts, fairseq, model_tokenizer
-from suites.wikitext.corpus import Corpus, TokenSplit
 from suites.wikitext.places import DICTIONARY, SPLITS, Place, find, find_transfer
 from suites.wikitext.readers import HELD_OUT, SHUFFLE_SEED, count, read_lines
 from suites.wikitext.settings import WikitextConfig
@@ -37,6 +38,7 @@ class Source:
     card: Mapping[str, str]
     vocab_size: int
     start_id: int
+    vocabulary: Vocabulary | None = None
 
 
 @functools.lru_cache(maxsize=2)
@@ -50,7 +52,8 @@ def load(config: WikitextConfig, model: Path | None = None) -> Corpus:
     digest = hashlib.sha256(json.dumps([sorted(source.card.items()), source.vocab_size, source.start_id]).encode())
     for name in sorted(source.splits):
         digest.update(f"{name} {len(source.splits[name].ids_N)} {source.hashes[name]}".encode())
-    return Corpus(source.splits, source.vocab_size, source.start_id, source.card, digest.hexdigest()[:16])
+    hashed = digest.hexdigest()[:16]
+    return Corpus(source.splits, source.vocab_size, source.start_id, source.card, hashed, vocabulary=source.vocabulary)
 
 
 def fingerprint_of(config: WikitextConfig, model: Path | None = None) -> str:
@@ -104,7 +107,8 @@ def _tokenised(place: Place, config: WikitextConfig, model: Path | None) -> Sour
             stored |= {f"transfer_{split}": found for split, found in _stored(folder, target, SCORED, tokenizer).items()}
         card["transfer"] = ", ".join(path.name for split in SCORED for path in target.of(split))
     splits = {name: _cut(each, _asked(name, config)) for name, each in stored.items()}
-    return Source(splits, {name: each.hash for name, each in stored.items()}, card, tokenizer.vocab_size, tokenizer.start_id)
+    hashes = {name: each.hash for name, each in stored.items()}
+    return Source(splits, hashes, card, tokenizer.vocab_size, tokenizer.start_id, tokenizer.vocabulary)
 
 
 def _stored(folder: Path, place: Place, splits: Sequence[str], tokenizer: Tokenizer) -> dict[str, arrays.Stored]:

@@ -17,6 +17,7 @@ import numpy as np
 
 from hgrn2_bench.errors import ConfigError, DataError
 from hgrn2_bench.rows import needed
+from hgrn2_bench.text_tokenizers import Vocabulary
 from suites.wikitext.places import locate_bpe
 from suites.wikitext.readers import Batch
 
@@ -47,6 +48,8 @@ class Tokenizer(Protocol):
     """What stands before the first token of a split."""
     end_of_line: str
     """The rule, in words."""
+    vocabulary: Vocabulary | None
+    """With which a saved model's own tokenizer is written; None where its card tells it, or it is no tokenizer of ours."""
 
     def encode(self, lines: Batch) -> Encoded:
         """Ids of consecutive lines."""
@@ -71,6 +74,7 @@ class Bytes:
     vocab_size = 256
     start_id = ord("\n")
     end_of_line = "the newline byte of the text (10)"
+    vocabulary: Vocabulary | None = None
 
     def encode(self, lines: Batch) -> Encoded:
         """Ids of consecutive lines."""
@@ -90,6 +94,7 @@ class Words:
         self.vocab_size = padded(len(words))
         self._ids = {word: i for i, word in enumerate(words, len(SPECIALS))} | {name: i for i, name in enumerate(SPECIALS)}
         self._dtype = dtype_of(self.vocab_size)
+        self.vocabulary: Vocabulary | None = Vocabulary(self._ids)
 
     def encode(self, lines: Batch) -> Encoded:
         """Ids of consecutive lines."""
@@ -123,6 +128,8 @@ class Bpe:
         """DataError, which begins with `where`, where they are not GPT-2's."""
         self.hash = bpe_hash(vocabulary, merges)
         self.vocab_size = padded(len(vocabulary))
+        specials = {name: i for i, name in enumerate(SPECIALS)}
+        self.vocabulary: Vocabulary | None = Vocabulary({entry: i + len(SPECIALS) for entry, i in vocabulary.items()} | specials, merges)
         library = needed("tokenizers", "tokenizers", "tokenizer=gpt2", INSTALL)
         text, ids = GPT2_PROBE
         try:

@@ -37,7 +37,8 @@ def test_a_suite_that_asks_for_it_keeps_the_trained_model(tmp_path, saved, monke
         engine.runner_class(make_plan(["suite=mqar", "preset=test"], "cpu").cells[0]), "card", {"tokenizer": "none"}, raising=False
     )
     rows, folder = run(tmp_path, "updates=7")
-    ((model, card, path),) = saved
+    ((model, card, path, vocabulary),) = saved
+    assert vocabulary is None
     assert measure.weights_hash(model) == rows[0].weights_hash
     assert card == ("hgrn2", folder.cell.settings, {"tokenizer": "none"}, rows[0].tokens)
     assert path == folder.path / "model"

@@ -1,5 +1,6 @@
 """The wikitext suite end to end: presets, batches, metrics and their cards, files from the command line."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -11,15 +12,16 @@ import pytest
 import torch
 
 from hgrn2_bench import engine
+from hgrn2_bench.blocks import BlockTask
 from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.checkpoints import load
+from hgrn2_bench.corpus import Corpus, TokenSplit
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.lines import comparable
 from hgrn2_bench.plan import make_plan
 from hgrn2_bench.tables import make_tables
 from hgrn2_bench.trainer import DivergedError
 from suites.wikitext import runner
-from suites.wikitext.corpus import Corpus, TokenSplit
 from suites.wikitext.presets import PRESETS
 from suites.wikitext.protocol import PROTOCOL, name_task
 from suites.wikitext.runner import Runner, unigram_perplexities
@@ -114,10 +116,9 @@ def made(tokens=600, block=16, batch=8, **fields):
         *(f"{k}={v}" for k, v in fields.items()),
     )[0]
     found = Runner.__new__(Runner)
-    found.config, found.corpus, found.seed, found.device = cell.data, corpus(40, tokens), 3, "cpu"
-    found.batch_size = found.eval_batch_size = batch
-    found.steps_per_epoch, found.blocks = runner._steps(found.corpus, cell)
-    found.order, found.card, found.unigram = (-1, np.empty(0)), {"tokenizer": "none"}, unigram_perplexities(found.corpus)
+    BlockTask.__init__(found, dataclasses.replace(cell, seed=3), corpus(40, tokens))
+    found.config, found.eval_batch_size = cell.data, batch
+    found.card, found.unigram = {"tokenizer": "none"}, unigram_perplexities(found.corpus)
     found.extrapolates = True
     return found
 

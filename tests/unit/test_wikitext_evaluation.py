@@ -9,14 +9,14 @@ import torch
 from torch.nn import functional as F
 
 from hgrn2_bench import registry
+from hgrn2_bench.blocks import Text
 from hgrn2_bench.config import ModelConfig
+from hgrn2_bench.corpus import TokenSplit
 from hgrn2_bench.interfaces import Context
 from hgrn2_bench.model import SequenceModel
-from suites.wikitext.corpus import TokenSplit
 from suites.wikitext.evaluation import (
     Ledger,
     Sums,
-    Text,
     by_position,
     carried,
     carried_card,

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hgrn2_bench.text_tokenizers import Vocabulary
+
 
 @dataclass(frozen=True)
 class TokenSplit:
@@ -37,3 +39,5 @@ class Corpus:
     hash: str
     """16 hex digits over all ids of all splits and the card."""
     skipped: int = 0
+    vocabulary: Vocabulary | None = None
+    """Of the tokenizer, where its card does not tell it."""

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from hgrn2_bench.errors import ConfigError
-from suites.wikitext.markov import SEPARATOR, card_of, draw_split, generate, make_source
-from suites.wikitext.settings import WikitextConfig
+from hgrn2_bench.markov import SEPARATOR, card_of, draw_split, generate, make_source
+from hgrn2_bench.markov_recipe import Recipe
 
 
-def config(symbols=12, facts=2, document=16, **changes):
-    return WikitextConfig(dataset="markov", symbols=symbols, facts=facts, document=document, **changes)
+def config(symbols=12, facts=2, document=16):
+    return Recipe(symbols, facts, document)
 
 
 def probabilities(source, settings, length):
@@ -119,8 +119,7 @@ def test_a_shorter_text_is_a_prefix_of_a_longer_one():
 
 
 def test_seeds_change_the_training_text_and_nothing_else():
-    sizes = {"train_tokens": 3000, "eval_tokens": 1000}
-    first, again, other = generate(config(**sizes), 0), generate(config(**sizes), 0), generate(config(**sizes), 1)
+    first, again, other = (generate(config(), seed, 3000, 1000) for seed in (0, 0, 1))
     assert first.hash == again.hash != other.hash
     assert first.card == other.card
     assert (first.splits["train"].ids_N != other.splits["train"].ids_N).any()
@@ -139,3 +138,7 @@ def test_seeds_change_the_training_text_and_nothing_else():
 def test_facts_that_do_not_fit_are_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
         config(**changes)
+
+
+def test_the_text_is_the_one_that_results_were_measured_on():
+    assert generate(Recipe(symbols=32, facts=4, document=128), 0, 4096, 1024).hash == "2040a2f1659f7a6d"

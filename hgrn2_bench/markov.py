@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from suites.wikitext.corpus import Corpus, TokenSplit
-from suites.wikitext.settings import WikitextConfig
+from hgrn2_bench.corpus import Corpus, TokenSplit
+from hgrn2_bench.markov_recipe import Recipe
 
 Integers = NDArray[np.integer]
 Floats = NDArray[np.floating]
@@ -33,7 +33,7 @@ SUCCESSORS = 8
 """Symbols that may follow one symbol; with flat Dirichlet weights their entropy is 1.72 nats in the mean."""
 TRAIN_TOKENS = 2**22
 SCORED_TOKENS = 2**16
-"""Where the configuration asks for all tokens."""
+"""Where all tokens are asked for, of which there is no end."""
 
 
 @dataclass(frozen=True)
@@ -78,23 +78,23 @@ def _stationary(next_SK: Integers, weight_SK: Floats) -> Floats:
     return share_S / share_S.sum()
 
 
-def generate(config: WikitextConfig, seed: int) -> Corpus:
+def generate(recipe: Recipe, seed: int, train_tokens: int = 0, scored_tokens: int = 0) -> Corpus:
     """Train documents of this seed, validation and test documents that every seed shares; a shorter split is a prefix of a longer one."""
-    source = make_source(config.symbols)
-    train, scored = config.train_tokens or TRAIN_TOKENS, config.eval_tokens or SCORED_TOKENS
+    source = make_source(recipe.symbols)
+    scored = scored_tokens or SCORED_TOKENS
     splits = {
-        "train": draw_split(source, config, train, (SOURCE_SEED, 1, seed)),
-        "validation": draw_split(source, config, scored, (SOURCE_SEED, 2)),
-        "test": draw_split(source, config, scored, (SOURCE_SEED, 3)),
+        "train": draw_split(source, recipe, train_tokens or TRAIN_TOKENS, (SOURCE_SEED, 1, seed)),
+        "validation": draw_split(source, recipe, scored, (SOURCE_SEED, 2)),
+        "test": draw_split(source, recipe, scored, (SOURCE_SEED, 3)),
     }
-    card = card_of(source, config)
-    return Corpus(splits, config.symbols, SEPARATOR, card, _hash(splits, card))
+    card = card_of(source, recipe)
+    return Corpus(splits, recipe.symbols, SEPARATOR, card, _hash(splits, card))
 
 
-def card_of(source: Source, config: WikitextConfig) -> Mapping[str, str]:
+def card_of(source: Source, recipe: Recipe) -> Mapping[str, str]:
     """What the text is, in words."""
     entropy = max(0.0, float(source.start_S @ -(source.weight_SK * np.log(_merged(source))).sum(1)))
-    made = f"markov: {config.symbols} symbols, {config.facts} facts, documents of about {config.document} tokens"
+    made = f"markov: {recipe.symbols} symbols, {recipe.facts} facts, documents of about {recipe.document} tokens"
     return {
         "text": f"{made}, matrix and scored documents of seed {SOURCE_SEED}, {entropy:.4f} nats per free draw",
         "tokenizer": "none: the source's symbols are the tokens",
@@ -116,9 +116,9 @@ def _hash(splits: Mapping[str, TokenSplit], card: Mapping[str, str]) -> str:
     return digest.hexdigest()[:16]
 
 
-def draw_split(source: Source, config: WikitextConfig, tokens: int, key: tuple[int, ...]) -> TokenSplit:
+def draw_split(source: Source, recipe: Recipe, tokens: int, key: tuple[int, ...]) -> TokenSplit:
     """The first so many tokens of the text that a key names. Each kind of draw has a random stream of its own, in document order."""
-    F, S, ends = config.facts, len(source.start_S), 1 / (config.document - 2 * config.facts)
+    F, S, ends = recipe.facts, len(source.start_S), 1 / (recipe.document - 2 * recipe.facts)
     length_rng, fact_rng, body_rng = (np.random.default_rng([*key, kind]) for kind in range(3))
     draws_D = _draw_counts(length_rng, ends, 2 * F + 1, tokens)
     D = len(draws_D)

@@ -152,10 +152,7 @@ def make_plan(words: Sequence[str], device: str, files: bool = True) -> Plan:
     parsed = parse_words(words)
     protocol, preset_name, preset = _protocol_and_preset(parsed)
     given = {word.key: word for word in parsed if not word.owner}
-    names = given["task"].values if "task" in given else tuple(preset.tasks)
-    for task in names:
-        if task not in preset.tasks:
-            raise unknown(f"task of {protocol.name} preset={preset_name}", str(task), preset.tasks)
+    tasks = _tasks(given["task"].values if "task" in given else tuple(preset.tasks), protocol, preset_name)
     preset_words = parse_words(preset.words)
     refs = next((w.values for w in (*parsed, *preset_words) if w.name == "model"), ())
     if not refs:
@@ -166,9 +163,9 @@ def make_plan(words: Sequence[str], device: str, files: bool = True) -> Plan:
     check_trained(parsed, protocol, chosen)
     cells: dict[str, Cell] = {}
     notes: dict[str, None] = {}
-    for task, (ref, model) in itertools.product(names, zip(refs, chosen, strict=True)):
+    for (task, task_words), (ref, model) in itertools.product(tasks.items(), zip(refs, chosen, strict=True)):
         axes = Axes()
-        for layer in (preset_words, parse_words(preset.tasks[task]), parsed):
+        for layer in (preset_words, task_words, parsed):
             axes.apply(layer, model)
         planned = protocol if files else dataclasses.replace(protocol, fingerprint=None)
         maker = _CellMaker(planned, preset_name, task, model, str(ref), device, parsed, axes)
@@ -177,6 +174,20 @@ def make_plan(words: Sequence[str], device: str, files: bool = True) -> Plan:
         notes |= dict.fromkeys(maker.notes)
     ordered = tuple(taking_turns(cells.values()) if protocol.speed else cells.values())
     return Plan(protocol, preset_name, ordered, tuple(notes), frozenset(word.name for word in parsed))
+
+
+def _tasks(names: Sequence[Any], protocol: Protocol, preset_name: str) -> dict[str, list[Word]]:
+    """The words of each task: those of the preset, or of any other name where it takes such. ConfigError for an unknown name."""
+    preset = protocol.presets[preset_name]
+    found: dict[str, list[Word]] = {}
+    for name in map(str, names):
+        if name in preset.tasks:
+            found[name] = parse_words(preset.tasks[name])
+        elif preset.open_tasks and protocol.open_task:
+            found[name] = parse_words(protocol.open_task(name))
+        else:
+            raise unknown(f"task of {protocol.name} preset={preset_name}", name, preset.tasks)
+    return found
 
 
 def taking_turns(cells: Collection[Cell]) -> list[Cell]:
@@ -326,7 +337,7 @@ class _CellMaker:
         typed = [axis_name(word, self.model) for word in self.user]
         swept = [name for name, tried in axes.items() if len(tried) > 1]
         words = [f"suite={self.protocol.name}", f"preset={self.preset}"]
-        words += [f"task={self.task}", f"model={written(self.ref)}", *([] if self.model.trained else [f"seed={seed}"])]
+        words += [f"task={written(self.task)}", f"model={written(self.ref)}", *([] if self.model.trained else [f"seed={seed}"])]
         words += [f"{name}={written(values[name])}" for name in dict.fromkeys([*swept, *typed]) if name in values and name != "seed"]
         return shlex.join(["python", "-m", "hgrn2_bench", "run", *words, "--device", self.device])
 

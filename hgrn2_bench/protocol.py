@@ -24,6 +24,8 @@ class Preset:
     """Tables of `published.csv` whose protocol this preset repeats, so that values may be compared."""
     source_models: tuple[str, ...] = ()
     """Models that the source ran: the table calls all others our extension of the protocol. Empty where the protocol is ours."""
+    open_tasks: bool = False
+    """Other names than `tasks` may be given too: those for which the protocol's `open_task` has words."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Protocol:
     name_task: Callable[[Any], str]
     """The task's name from its data settings, so that a row's task always says what was run."""
     presets: Mapping[str, Preset]
+    open_task: Callable[[str], tuple[str, ...]] | None = None
+    """Of a suite whose tasks are too many to list: the words of a task by its name. ConfigError with the nearest name for an unknown one."""
     fingerprint: Callable[..., str] | None = None
     """Of a suite that reads files: what tells those of these data settings from any others; planning puts it into their `fingerprint`.
 

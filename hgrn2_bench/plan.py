@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hgrn2_bench import provenance, registry
+from hgrn2_bench import foreign_config, provenance, registry
 from hgrn2_bench.backends import resolve_backend
 from hgrn2_bench.config import PLAN_KEYS, CellConfig, MatchConfig, ModelConfig, TrainConfig, Word, convert, parse_words, schema_of, written
 from hgrn2_bench.errors import ConfigError, unknown
@@ -97,13 +97,15 @@ class Cell:
     def fields(self) -> dict[str, Any]:
         """Every setting of the cell under the name a user types, the mixer's own with its prefix.
 
-        Of a trained model also its configuration has the prefix, but for what tables show, and there is none of training.
+        Of a trained model also its configuration has the prefix, but for what tables show, and there is none of training. A foreign one
+        has no configuration of ours.
         """
-        parts = (self.model_config, self.train, self.data, self.matching)
+        configs = () if self.backend == foreign_config.BACKEND else (self.model_config,)
+        parts = (*configs, self.train, self.data, self.matching)
         plain = {k: v for part in parts for k, v in dataclasses.asdict(part).items()}
         own = dict(self.settings)
         if self.checkpoint:
-            fixed = {k: v for k, v in dataclasses.asdict(self.model_config).items() if k not in SHOWN}
+            fixed = {k: v for config in configs for k, v in dataclasses.asdict(config).items() if k not in SHOWN}
             plain = {k: v for k, v in plain.items() if k not in fixed and (k in EVALUATING or k not in _own(TrainConfig, plain))}
             own = fixed | own | {"checkpoint": self.checkpoint}
         return plain | {f"{self.model}.{k}": v for k, v in own.items()}
@@ -249,8 +251,9 @@ class _CellMaker:
         """Let a trained model keep its own configuration and settings, and say which of the user's words it does not take."""
         if left := sorted(word.key for word in self.user if word.key in FIXED):
             self.notes.append(f"{', '.join(left)}: no effect on {self.model.name}, which is trained")
+        self.notes += [trained.remark] if trained.remark else []
         self.user = [word for word in self.user if word.key not in FIXED]
-        config = {f.name: getattr(trained.config, f.name) for f in dataclasses.fields(ModelConfig)}
+        config = {} if trained.foreign else {f.name: getattr(trained.config, f.name) for f in dataclasses.fields(ModelConfig)}
         own = {f"{self.model.name}.{name}": value for name, value in trained.card.settings.items()}
         kept = {name: values for name, values in self.axes.items() if name not in FIXED}
         self.axes = kept | {name: (value,) for name, value in {**config, **own}.items()}

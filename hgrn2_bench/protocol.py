@@ -71,7 +71,7 @@ class Protocol:
     """The task's name from its data settings, so that a row's task always says what was run."""
     presets: Mapping[str, Preset]
     open_task: Callable[[str], tuple[str, ...]] | None = None
-    """Of a suite whose tasks are too many to list: the words of a task by its name. ConfigError with the nearest name for an unknown one."""
+    """Of a suite whose tasks are too many to list: the words of one by its name. ConfigError with the nearest name for an unknown one."""
     fingerprint: Callable[..., str] | None = None
     """Of a suite that reads files: what tells those of these data settings from any others; planning puts it into their `fingerprint`.
 
@@ -103,6 +103,8 @@ class Protocol:
     """The suite trains language models, and each cell's folder keeps its own under `model/` once the cell has ended well.
 
     Such folders may stand for models: they are evaluated as they are."""
+    takes_any_language_model: bool = False
+    """The suite evaluates folders of trained models, and not ours alone but any causal language model that transformers can build."""
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ LIGHT = (
     "protocol",
     "registry",
     "trained",
+    "foreign_config",
     "words",
     "backends",
     "plan",

@@ -59,12 +59,12 @@ def test_a_task_twice_is_one_cell():
 
 
 def test_an_unknown_task_is_refused_in_the_words_of_the_suite():
-    with pytest.raises(ConfigError, match="Unknown task 'piqq'. Did you mean 'piqa'?"):
+    with pytest.raises(ConfigError, match=r"Unknown task 'piqq'\. Did you mean 'piqa'\?"):
         cells("preset=evaluate", "task=piqq")
 
 
 def test_other_presets_take_their_own_tasks_alone():
-    with pytest.raises(ConfigError, match="Unknown task of zeroshot preset=smoke 'piqa'. Available: smoke."):
+    with pytest.raises(ConfigError, match=r"Unknown task of zeroshot preset=smoke 'piqa'\. Available: smoke\."):
         cells("preset=smoke", "task=piqa")
 
 

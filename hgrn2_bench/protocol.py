@@ -95,6 +95,8 @@ class Protocol:
     """Further columns of the table of the primary metric, where a run has them: heading, metric, split."""
     averaged: tuple[str, tuple[str, ...]] = ("", ())
     """A setting that names the tasks, and the values over all of which, and no fewer, a model has an average."""
+    averaged_as: tuple[str, ...] = ()
+    """Their headings as `published.csv` has them, where models of several sizes were published; parts of tasks then stand apart."""
     figures: tuple[Figure, ...] = ()
     """What `plot` draws."""
     idle: tuple[str, ...] = ()

@@ -143,8 +143,10 @@ def _kind(row: Row) -> str:
 def _unlike(row: Row, parameters: float | None, tokens: float | None) -> str:
     """Why a model of ours is not the published one; empty where it has its size and has seen as many tokens."""
     for what, mine, theirs in (("parameters", row.parameters, parameters), ("tokens of training", tokens_seen(row), tokens)):
-        if mine is None or theirs is None:
-            return f"cannot be told: {'ours does' if mine is None else 'the published one does'} not say its {what}"
+        if mine is None:
+            return f"does not say its {what}"
+        if theirs is None:
+            return f"has {count(mine)} {what}, the published one does not say"
         if abs(mine / theirs - 1) > NEAR:
             return f"has {count(mine)} {what}, the published one {count(theirs)}"
     return ""

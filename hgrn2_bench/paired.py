@@ -64,6 +64,6 @@ def of_rows(ours: Row, theirs: Row) -> McNemar | None:
 
 
 def _counts(n: int, ours: str, theirs: str) -> tuple[int, int, int]:
-    """The number of items, and of those that the one or the other alone has right, from bits as `numpy.packbits` packs them."""
-    a, b = (int.from_bytes(base64.b64decode(bits)) >> -n % 8 for bits in (ours, theirs))
+    """The number of items, and of those that the one or the other alone has right; `numpy.packbits` fills the last byte with zeros."""
+    a, b = (int.from_bytes(base64.b64decode(bits)) for bits in (ours, theirs))
     return n, (a & ~b).bit_count(), (b & ~a).bit_count()

@@ -193,8 +193,8 @@ def _trained_model(ref: str) -> Model:
 
 
 def _names_hub(ref: str) -> bool:
-    """Whether a name is one on the hub, `org/name`: a folder that lies here, or would lie in one that does, is none."""
-    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", ref)) and not Path(ref).exists() and not Path(ref).parent.exists()
+    """Whether a name is one on the hub, `org/name`: where a folder `org` lies here, a folder in that is meant."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", ref)) and not Path(ref).parent.exists()
 
 
 def _from_hub(ref: str) -> Trained:

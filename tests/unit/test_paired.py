@@ -77,6 +77,10 @@ def test_tasks_of_a_group_are_tested_together():
         (scored(t={"acc": held([1, 0])}), row()),
         (row(), row()),
         (scored(t={"perplexity": {}}, card="perplexity"), scored(t={"perplexity": {}}, card="perplexity")),
+        (
+            scored({"weighting": "tasks"}, a={"acc": held([1, 0])}, b={"acc": held([1])}),
+            scored(a={"acc": held([1, 0])}, b={"acc": held([1])}),
+        ),
         (*[scored({"weighting": "tasks"}, a={"acc": held([1, 0])}, b={"acc": held([1])})] * 2,),
     ],
 )

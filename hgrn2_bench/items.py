@@ -13,7 +13,7 @@ def scored(row: Row) -> dict[str, str]:
     """For each task that a row's score is the mean of, the metric that counts; empty where the row does not say."""
     if named := row.details.get("scored"):
         return dict(named)
-    metric = row.card.get("metric", "").partition(" ")[0]
+    metric = row.card.get("metric", "").removeprefix("mean of ").partition(" ")[0]
     tasks = {**_part(row, "items"), **_part(row, "stderr")}
     return dict.fromkeys(tasks, metric) if tasks and all(metric in known for known in tasks.values()) else {}
 

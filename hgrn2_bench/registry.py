@@ -194,17 +194,13 @@ def _trained_model(ref: str) -> Model:
 
 def _names_hub(ref: str) -> bool:
     """Whether a name is one on the hub, `org/name`: where a folder `org` lies here, a folder in that is meant."""
-    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", ref)) and not Path(ref).parent.exists()
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", ref)) and not Path(ref).parent.exists()
 
 
 def _from_hub(ref: str) -> Trained:
     """A model of the hub, whose weights, tokenizer and configuration are fetched unless they are here. ConfigError where they cannot be."""
     hub: Any = importlib.import_module("hgrn2_bench.hub")
-    try:
-        folder = hub.folder(ref)
-    except ConfigError as error:
-        raise ConfigError(f"{ref} is no folder here, and from the hub: {error}") from None
-    return dataclasses.replace(read_trained(folder), name=ref.rpartition("/")[2])
+    return dataclasses.replace(read_trained(hub.fetch(ref)), name=ref.rpartition("/")[2])
 
 
 def _foreign_model(found: Trained) -> Model:

@@ -39,6 +39,14 @@ WEIGHTS = {"test_best": "at the best validation", "test_ema": "of the averaged w
 """Splits of the test data on which other weights than the last ones were measured: with `keep=both`, and with `ema`."""
 MEMBERS_SHOWN = 8
 """Tasks of a group up to which each has a column."""
+COSTS = (
+    Column("parameters", count),
+    Column("non-embedding", count),
+    Column("state", byte_count),
+    Column("train FLOPs/token", count),
+    Column("local mixing"),
+    Column("positions"),
+)
 SHOWN_BY_COLUMN = ("conv", "positions", "seed")
 
 
@@ -140,15 +148,9 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
     one_device = len({run.row.device_name for line in lines for run in line.runs if run.value is not None}) <= 1
     tuned = [key for key in protocol.tuned if any(line.searched or line.tuned[key] != lines[0].tuned[key] for line in lines)]
     columns = [Column("model"), *(Column(key, short) for key in (*varying, *tuned))]
-    columns += [
-        *[Column("tokens seen", count)] * protocol.takes_any_language_model,
-        Column("parameters", count),
-        Column("non-embedding", count),
-        Column("state", byte_count),
-        Column("train FLOPs/token", count),
-        *[Column("off the match", fairness.percent)] * bool(matched),
-    ]
-    columns += [Column("local mixing"), Column("positions"), Column(f"{metric}, seed{'s' * (len(seeds) > 1)} {_listed(seeds)}")]
+    columns += [Column("tokens seen", count)] * protocol.takes_any_language_model
+    columns += [*COSTS[:4], *[Column("off the match", fairness.percent)] * bool(matched), *COSTS[4:]]
+    columns += [Column(f"{metric}, seed{'s' * (len(seeds) > 1)} {_listed(seeds)}")]
     measured = [split for split in WEIGHTS if any(split in run.splits for line in lines for run in line.runs)]
     columns += [Column(f"{metric} {WEIGHTS[split]}") for split in measured]
     others = _others(lines, protocol) if metric == protocol.metric else []
@@ -189,7 +191,9 @@ def _error(line: Line) -> str:
 def _others(lines: Sequence[Line], protocol: Protocol) -> list[tuple[str, str, str]]:
     """Further columns that some line has a value for: those of the protocol, and of a group of tasks the score of each, if they are few."""
     tasks = {task: metric for line in lines for task, metric in items.scored(line.first).items()}
-    members = [(f"{task} {metric}", metric, task) for task, metric in tasks.items()] if len(tasks) <= MEMBERS_SHOWN else []
+    named = {(metric, split) for _, metric, split in protocol.beside_metric}
+    members = [(f"{task} {metric}", metric, task) for task, metric in tasks.items() if (metric, task) not in named]
+    members = members if len(tasks) <= MEMBERS_SHOWN else []
     return [each for each in (*protocol.beside_metric, *members) if any(_beside(line, each) != "–" for line in lines)]
 
 
@@ -229,20 +233,26 @@ def _speed(line: Line) -> float | None:
     return statistics.median(known) if known else None
 
 
-def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_device: bool) -> list[str]:
-    rows = [run.row for line in lines for run in line.runs]
-    first = lines[0].first
+def _definition(rows: Sequence[Row]) -> list[str]:
+    """The floors of the metric, how it is counted, and what stands behind its ±."""
     notes = []
     each_row = [floors_of(row) for row in rows]
     floors = {name: [found[name] for found in each_row if name in found] for row in each_row for name in row}
     if floors:
         ends = {name: dict.fromkeys(f"{value:.3f}" for value in (min(found), max(found))) for name, found in floors.items()}
         notes.append("floors: " + "; ".join(f"{name} {' to '.join(each)}" for name, each in ends.items()))
-    card = next((row.card for row in rows if row.card), {})
-    if card:
-        notes.append(f"{first.metric} counted so: " + "; ".join(f"{key} {value}" for key, value in card.items()))
+    told = next((row for row in rows if row.card), None)
+    if told:
+        notes.append(f"{told.metric} counted so: " + "; ".join(f"{key} {value}" for key, value in told.card.items()))
     if any(items.score_error(row) is not None for row in rows):
         notes.append("± beside a single run is the standard error over its items, of three seeds or more half the 95% t-interval")
+    return notes
+
+
+def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_device: bool) -> list[str]:
+    rows = [run.row for line in lines for run in line.runs]
+    first = lines[0].first
+    notes = _definition(rows)
     budget = ("lr", "batch_size", *protocol.budget, "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
     same = {key: {json.dumps(row.settings.get(key)) for row in rows} for key in budget if key in first.settings}
     fixed = [f"{key} {json.loads(next(iter(v)))}" for key, v in same.items() if len(v) == 1]

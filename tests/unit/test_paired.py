@@ -119,10 +119,11 @@ def test_seeds_are_never_mixed():
 
 
 def test_the_score_is_what_the_row_or_else_its_card_says():
-    found = scored(card="acc_norm of each", a={"acc_norm": held([1])}, b={"acc_norm": held([1])})
+    found = scored(card="mean of acc_norm", a={"acc_norm": held([1])}, b={"acc_norm": held([1])})
     assert items.scored(found) == {"a": "acc_norm", "b": "acc_norm"}
     assert items.scored(row(details={"scored": {"a": "acc", "b": "acc_norm"}})) == {"a": "acc", "b": "acc_norm"}
     assert items.scored(scored(a={"acc": held([1])}, b={"f1": held([1])})) == {}
+    assert items.scored(scored(card="mean of acc, acc_norm", a={"acc": held([1]), "acc_norm": held([1])})) == {}
     assert items.scored(row()) == {}
 
 

@@ -87,6 +87,8 @@ def test_tasks_of_a_group_have_columns_with_their_errors():
     ]
     (found,) = lines(only([group, *parts]))
     assert (found["piqa acc"], found["arc acc_norm"]) == ("0.700 ± 0.100", "0.400 ± 0.200")
+    (table,) = make_tables([group, *parts], dataclasses.replace(OF, beside_metric=(("PIQA", "acc", "piqa"),)))
+    assert [column.name for column in table.columns if "acc" in column.name or column.name == "PIQA"] == ["PIQA", "arc acc_norm"]
     many = {"scored": {f"t{n}": "acc" for n in range(9)}, "stderr": {}}
     more = [row(dict(group.settings), metric="acc", split=f"t{n}", value=0.5, **_of(group, details=many)) for n in range(9)]
     (found,) = lines(only([dataclasses.replace(group, details=many), *more]))

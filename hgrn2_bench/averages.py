@@ -57,7 +57,8 @@ def _table(parts: Sequence[Part], protocol: Protocol, metric: str) -> Table:
     body = [_row(model, lines, tasks, len(sizes)) for model, lines in sorted(found.items())]
     names = sorted({line.first.task for lines in found.values() for each in lines.values() for line in each})
     title = f"{protocol.name}, preset {parts[0].runs[0].row.preset}: average {metric} on test data ({protocol.unit})"
-    marked = [f"{AT_FLOOR} not learned in this budget"] if any(str(cell).endswith(AT_FLOOR) for row in body for cell in row) else []
+    at_floor = "no better than the floor" if protocol.averaged_as else "not learned in this budget"
+    marked = [f"{AT_FLOOR} {at_floor}"] if any(str(cell).endswith(AT_FLOOR) for row in body for cell in row) else []
     notes = [f"tasks: {', '.join(names)}", "of several seeds the mean", *marked]
     errors = ["± is the standard error over the items of all tasks"] if any("±" in str(cell) for row in body for cell in row) else []
     return Table(title, columns, tuple(body), (*notes, *errors))
@@ -66,10 +67,12 @@ def _table(parts: Sequence[Part], protocol: Protocol, metric: str) -> Table:
 def _row(model: str, lines: dict[str, list[Line]], tasks: Sequence[str], sizes: int) -> tuple[object, ...]:
     missing = [task for task in tasks if not lines.get(task)]
     several = [task for task in tasks if len(lines.get(task, ())) > 1]
-    failed = [task for task in tasks if any(None in line.values for line in lines.get(task, ()))]
+    runs = {task: [run for line in lines.get(task, ()) for run in line.runs] for task in tasks}
+    skipped = [task for task, each in runs.items() if any(run.row.status == "skipped" for run in each)]
+    failed = [task for task, each in runs.items() if any(run.value is None for run in each) and task not in skipped]
     why = [f"no {', '.join(missing)}"] * bool(missing) + [f"several settings of {', '.join(several)}"] * bool(several)
-    why += [f"failed runs of {', '.join(failed)}"] * bool(failed)
-    means = {task: statistics.fmean(lines[task][0].finished) for task in tasks if task not in missing + several + failed}
+    why += [f"failed runs of {', '.join(failed)}"] * bool(failed) + [f"skipped {', '.join(skipped)}"] * bool(skipped)
+    means = {task: statistics.fmean(lines[task][0].finished) for task in tasks if task not in missing + several + failed + skipped}
     average = "" if why else f"{statistics.fmean(means.values()):.3f}" + _error([lines[task][0] for task in tasks])
     marks = {task: AT_FLOOR * (not learned(lines[task][0])) for task in means}
     first = next(iter(lines.values()))[0].first

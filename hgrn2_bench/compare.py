@@ -14,7 +14,7 @@ from typing import Any
 
 from hgrn2_bench import fairness, paired
 from hgrn2_bench.errors import ConfigError, unknown
-from hgrn2_bench.lines import Line, Run, best_lines, chosen_on, comparable, learned, place_of, settings_of
+from hgrn2_bench.lines import Line, Run, best_lines, came_trained, chosen_on, comparable, learned, place_of, settings_of
 from hgrn2_bench.protocol import Protocol
 from hgrn2_bench.render import Column, Table, count, short
 from hgrn2_bench.results import Row
@@ -173,7 +173,7 @@ def _fitted(line: Line) -> tuple[str, ...]:
 def _untaken(lines: Iterable[Line]) -> set[str]:
     """Settings that a model trained elsewhere does not take: nothing is shared in them."""
     every = [line.first for line in lines]
-    trained = [row for row in every if f"{row.model}.checkpoint" in row.settings]
+    trained = [row for row in every if came_trained(row)]
     return {key for row in every for key in settings_of(row) if any(key not in each.settings for each in trained)}
 
 

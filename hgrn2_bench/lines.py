@@ -324,9 +324,14 @@ def _rank(line: Line) -> tuple[bool, bool, float]:
     return bool(line.finished), learned(line), line.middle if line.first.higher_is_better else -line.middle
 
 
+def came_trained(row: Row) -> bool:
+    """Whether a row's model was evaluated as it came."""
+    return f"{row.model}.checkpoint" in row.settings
+
+
 def tokens_seen(row: Row) -> int | None:
     """Training tokens that a row's model has seen, here or before it came; None where its folder does not say."""
-    if f"{row.model}.checkpoint" in row.settings:
+    if came_trained(row):
         tokens: int | None = row.details.get("trained_tokens")
         return tokens
     return row.tokens

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hgrn2_bench.items import by_tasks, held, scored
-from hgrn2_bench.lines import Line
+from hgrn2_bench.lines import Line, came_trained
 from hgrn2_bench.results import Row
 
 LEVEL = 0.05
@@ -43,7 +43,7 @@ class McNemar:
 def of_lines(ours: Line, theirs: Line) -> McNemar | None:
     """The test of two lines of one run each: of fixed models, or of models trained with one seed; else, and as `of_rows` says, None."""
     runs = (*ours.runs, *theirs.runs)
-    fixed = all(f"{run.row.model}.checkpoint" in run.row.settings for run in runs)
+    fixed = all(came_trained(run.row) for run in runs)
     alike = len(ours.runs) == len(theirs.runs) == 1 and (fixed or runs[0].row.seed == runs[1].row.seed)
     return of_rows(ours.first, theirs.first) if alike and all(run.value is not None for run in runs) else None
 

@@ -19,6 +19,7 @@ from hgrn2_bench.lines import (
     as_published,
     beats_floors,
     best_lines,
+    came_trained,
     chosen_on,
     commits,
     comparable,
@@ -104,7 +105,8 @@ def _status(line: Line, best: Line | None, seeds: Sequence[int], protocol: Proto
     words = [f"{status} {len(rows)}/{len(line.runs)}: {rows[0].reason}" for status, rows in failures.items()]
     if math.isfinite(line.middle) and not learned(line):
         above = sum(beats_floors(value, line.first) for value in line.finished)
-        words.append("not learned in this budget" + f" ({above} of {len(line.runs)} seeds beat the floor)" * (above > 0))
+        at_floor = "no better than the floor" if came_trained(line.first) else "not learned in this budget"
+        words.append(at_floor + f" ({above} of {len(line.runs)} seeds beat the floor)" * (above > 0))
     ran = [run.row.seed for run in line.runs]
     if ran != list(seeds):
         words.append(f"seed{'s' * (len(ran) > 1)} {_listed(ran)} only")
@@ -253,7 +255,8 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
     rows = [run.row for line in lines for run in line.runs]
     first = lines[0].first
     notes = _definition(rows)
-    budget = ("lr", "batch_size", *protocol.budget, "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
+    trains = not (protocol.takes_any_language_model and all(map(came_trained, rows)))
+    budget = ("lr", "batch_size", *protocol.budget * trains, "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
     same = {key: {json.dumps(row.settings.get(key)) for row in rows} for key in budget if key in first.settings}
     fixed = [f"{key} {json.loads(next(iter(v)))}" for key, v in same.items() if len(v) == 1]
     if fixed:
@@ -274,7 +277,7 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
         f"commit {commits(rows)}"
     )
     beside = sorted({row.workers for row in rows})
-    if one_device and max(beside) > 1:
+    if one_device and max(beside) > 1 and any(row.tokens_per_s for row in rows):
         notes.append(f"speed measured with {' or '.join(map(str, beside))} cells of one run at once")
     plain = sorted({row.model for row in rows if row.effective.get("decoding")})
     if plain:

@@ -136,6 +136,16 @@ def test_a_cell_that_was_skipped_for_want_of_files_makes_way_for_one_that_ran():
     assert len(lines(only([dataclasses.replace(skipped, settings=rows()[0].settings | {"fingerprint": "g"}), *rows()]))) == 2
 
 
+def test_a_fixed_model_had_no_budget_and_no_speed():
+    table = only([dataclasses.replace(each, tokens_per_s=None, workers=2) for each in rows(right=12)])
+    (found,) = lines(table)
+    assert found["status"] == "no better than the floor"
+    budget = dataclasses.replace(OF, budget=("vocab_size",))
+    assert not noted(make_tables(rows(), budget)[0], "vocab_size")
+    assert noted(make_tables([*rows(), *rows("hgrn2", fixed=False)], budget)[0], "vocab_size 32")
+    assert not noted(table, "speed measured")
+
+
 # the six of the paper
 
 
@@ -173,6 +183,14 @@ def test_parts_of_tasks_have_averages_of_their_own():
         ("0.250†", "tasks: arc-first10, piqa-first10"),
         ("0.750", "tasks: arc, piqa"),
     ]
+
+
+def test_a_task_that_was_skipped_is_called_so():
+    skipped = dataclasses.replace(rows(task="arc")[0], status="skipped", value=None, reason="no file")
+    _, (found,) = averages(rows(), [skipped])
+    assert found["why there is none"] == "skipped arc"
+    _, (found,) = averages(rows(), [dataclasses.replace(skipped, status="oom")])
+    assert found["why there is none"] == "failed runs of arc"
 
 
 # comparisons

@@ -259,8 +259,7 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
     budget = ("lr", "batch_size", *protocol.budget * trains, "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
     same = {key: {json.dumps(row.settings.get(key)) for row in rows} for key in budget if key in first.settings}
     fixed = [f"{key} {json.loads(next(iter(v)))}" for key, v in same.items() if len(v) == 1]
-    if fixed:
-        notes.append(f"the same for every line: {', '.join(fixed)}")
+    notes += [f"the same for every line: {', '.join(fixed)}"] * bool(fixed)
     notes += [fairness.note(rows)] if fairness.matched(first) else []
     if any(line.searched for line in lines):
         notes.append(f"{', '.join(protocol.tuned)} chosen on {chosen_on(rows)}{as_published(rows)}")

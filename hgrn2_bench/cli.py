@@ -241,7 +241,7 @@ def table(
         raise unknown("metric", metric, known)
     whole = _print_tables(rows, suite, form, metric or None)
     if published:
-        from hgrn2_bench.published import published_table
+        from hgrn2_bench.published_tables import published_table
 
         values = published_table(rows, protocol)
         print(render(values, form) if values else f"nothing published for {suite}")

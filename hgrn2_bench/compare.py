@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hgrn2_bench import fairness
+from hgrn2_bench import fairness, paired
 from hgrn2_bench.errors import ConfigError, unknown
-from hgrn2_bench.lines import Line, Run, best_lines, chosen_on, comparable, learned, place_of, settings_of
+from hgrn2_bench.lines import Line, Run, best_lines, came_trained, chosen_on, comparable, learned, place_of, settings_of
 from hgrn2_bench.protocol import Protocol
 from hgrn2_bench.render import Column, Table, count, short
 from hgrn2_bench.results import Row
@@ -71,6 +71,11 @@ class Comparison:
         both = self.ours.finished and self.theirs.finished
         return statistics.fmean(self.ours.finished) - statistics.fmean(self.theirs.finished) if both else None
 
+    @property
+    def items(self) -> paired.McNemar | None:
+        """The test over items, where one run stands on each side."""
+        return paired.of_lines(self.ours, self.theirs)
+
     def finding(self, protocol: Protocol) -> str:
         """How ours stands to theirs, in words."""
         if not self.pairs:
@@ -79,9 +84,11 @@ class Comparison:
             return SOLVED
         if not learned(self.ours) and not learned(self.theirs):
             return UNLEARNED
+        sign = 1 if self.ours.first.higher_is_better else -1
+        if self.items:
+            return SAME if not self.items.is_clear else BETTER if self.items.ours_only > self.items.theirs_only else WORSE
         if len(self.pairs) < PAIRS_NEEDED:
             return FEW
-        sign = 1 if protocol.higher_is_better else -1
         if self.complete:
             gaps = list(self.differences.values())
             clear = abs(statistics.fmean(gaps)) > half_interval(gaps)
@@ -92,14 +99,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Report:
-    """What one suite's rows of one preset, protocol version, precision and match say about two models."""
+    """What one suite's rows of one preset, protocol version, precision, match and unit say about two models."""
 
     table: Table
     sentence: str
 
 
 def compare_models(rows: Sequence[Row], protocols: Mapping[str, Protocol], names: Names, registered: Iterable[str] = ()) -> list[Report]:
-    """A report for every suite, preset, protocol version, precision and match in which the two models share settings.
+    """A report for every suite, preset, protocol version, precision, match and unit in which the two models share settings.
 
     ConfigError with the nearest name for a model that is neither registered nor in the rows, and where nothing is shared.
     """
@@ -123,7 +130,8 @@ def _of_suite(rows: Iterable[Row], protocol: Protocol, names: Names) -> list[Rep
     found: dict[tuple[Any, ...], list[Comparison]] = defaultdict(list)
     alone: dict[tuple[Any, ...], list[Line]] = defaultdict(list)
     for part in comparable(kept, protocol, protocol.metric):
-        key = place_of(part.runs[0].row, protocol)
+        measured = next((run.row for run in part.runs if run.value is not None), part.runs[0].row)
+        key = (*place_of(measured, protocol), measured.unit, measured.higher_is_better)
         matched, rest = match(best_lines(part.runs, protocol), protocol, names)
         found[key] += matched
         alone[key] += rest
@@ -165,7 +173,7 @@ def _fitted(line: Line) -> tuple[str, ...]:
 def _untaken(lines: Iterable[Line]) -> set[str]:
     """Settings that a model trained elsewhere does not take: nothing is shared in them."""
     every = [line.first for line in lines]
-    trained = [row for row in every if f"{row.model}.checkpoint" in row.settings]
+    trained = [row for row in every if came_trained(row)]
     return {key for row in every for key in settings_of(row) if any(key not in each.settings for each in trained)}
 
 
@@ -183,10 +191,9 @@ def _key(line: Line, wanted: Callable[[str], bool], names: Names) -> str:
 def _report(found: Sequence[Comparison], alone: Sequence[Line], protocol: Protocol, names: Names) -> Report:
     labels = _labels(found, protocol, names)
     first = found[0].ours.first
-    arrow = "higher" if protocol.higher_is_better else "lower"
-    title = (
-        f"{first.suite}, preset {first.preset}: {names.ours} against {names.theirs}, {protocol.metric} ({protocol.unit}; {arrow} is better)"
-    )
+    arrow = "higher" if first.higher_is_better else "lower"
+    title = f"{first.suite}, preset {first.preset}: {names.ours} against {names.theirs}, "
+    title += f"{protocol.metric} ({first.unit}; {arrow} is better)"
     title += f", {fairness.matched(first)}" * bool(fairness.matched(first))
     headings = ("task", "setting", names.ours, names.theirs, f"{names.ours} - {names.theirs}", "pairs", "finding")
     body = tuple(
@@ -248,7 +255,7 @@ def _sentence(found: Sequence[Comparison], places: Sequence[str], protocol: Prot
         where[c.finding(protocol)].append(place)
     what = "task" if len({c.ours.first.task for c in found}) == len(found) else "setting"
     count_of = f"{len(found)} {found[0].ours.first.suite} {what}{'s' * (len(found) > 1)}"
-    arrow = "higher" if protocol.higher_is_better else "lower"
+    arrow = "higher" if found[0].ours.first.higher_is_better else "lower"
     named = {finding: f" ({_listed(each)})" for finding, each in where.items()}
     lead = f"{names.ours} is better than {names.theirs} ({arrow} {protocol.metric})"
     words = [f"{lead} on {len(where[BETTER])} of {count_of}{named.get(BETTER, '')}"]
@@ -300,6 +307,8 @@ def _notes(found: Sequence[Comparison], alone: Sequence[Line], protocol: Protoco
     first = found[0].ours.first
     place = f"protocol version {first.protocol_version}, {first.dtype}" + f", {first.device_name}" * protocol.speed
     notes = [f"{place}; means over paired seeds; each finding by its own paired 95% t-interval"]
+    if tested := {" ".join((c.ours.first.task, str(c.items))): None for c in found if c.items}:
+        notes.append(f"one run of each: exact test of these two models over the same items, at p < {paired.LEVEL:g}: {_listed(tested)}")
     if not all(c.complete for c in found):
         notes.append("a failed run counts as worse than any value: with one, a model is better only if it is ahead in every pair")
     sides = {names.ours: [c.ours for c in found], names.theirs: [c.theirs for c in found]}
@@ -322,7 +331,7 @@ def _unequal(found: Sequence[Comparison], names: Names) -> list[str]:
     for c in found:
         ours, theirs = settings_of(c.ours.first), settings_of(c.theirs.first)
         for key in _fitted(c.ours):
-            if ours.get(key) != theirs.get(key):
+            if key in ours and key in theirs and ours[key] != theirs[key]:
                 notes[f"not equal: {key} is {ours.get(key)} for {names.ours}, {theirs.get(key)} for {names.theirs}"] = None
         a, b = c.ours.first.parameters, c.theirs.first.parameters
         if a and b and max(a, b) > SIMILAR * min(a, b):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from hgrn2_bench import distributed, matching, measure, provenance, registry, timing
+from hgrn2_bench import distributed, foreign_config, foreign_models, matching, measure, provenance, registry, timing
 from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.model import Backbone
@@ -124,6 +124,8 @@ def build(cell: Cell) -> Backbone:
 
 def describe(cell: Cell, model: Backbone, probe: bool = False) -> Description:
     """What a cell's model is and costs; `probe` times it forward and backward on few random tokens of the CPU."""
+    if cell.backend == foreign_config.BACKEND:
+        return foreign_models.describe(model)
     shape = runner_class(cell).shape(cell)
     steps = 0 if cell.checkpoint else cell.train.steps(shape.steps_per_epoch)
     tokens = shape.tokens(steps)
@@ -269,8 +271,8 @@ def _train_and_measure(
 def _note_trained(cell: Cell, found: registry.Model, facts: Facts) -> None:
     """Note what a trained model says of itself, and the memory that its evaluation took."""
     if found.trained:
-        told = {"checkpoint": cell.model_ref, "trained_tokens": found.trained.tokens, "trained_on": dict(found.trained.card.tokenizer)}
-        facts.details = plain({**told, **facts.details})
+        told = {"checkpoint": cell.model_ref, "trained_model": found.trained.card.model, "trained_tokens": found.trained.tokens}
+        facts.details = plain({**told, "trained_on": dict(found.trained.card.tokenizer), **facts.details})
     if cell.device == "cuda":
         facts.peak_bytes = int(torch.cuda.max_memory_allocated())
 
@@ -336,17 +338,6 @@ def _row(shared: Mapping[str, Any], metric: Metric) -> Row:
         own["higher_is_better"] = metric.higher_is_better
     values = {"split": metric.split, "metric": metric.name, "value": metric.value, "num_items": metric.num_items}
     return Row(**{**shared, **own, **values, "floors": dict(metric.floors), "card": dict(metric.card)})
-
-
-def device_is_broken(cell: Cell) -> bool:
-    """Whether the GPU refuses all further work of this process, as it does after an illegal memory access."""
-    if cell.device != "cuda":
-        return False
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
 
 
 def _effective(cell: Cell, facts: Facts) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from hgrn2_bench.config import ModelConfig, heads_of
 from hgrn2_bench.errors import ConfigError, DataError
 
+MODEL_TYPE = "hgrn2"
 DEFAULTS: dict[str, Any] = {
     # of HGRN2Config, fla 0.6
     "hidden_size": 2048,
@@ -42,8 +43,8 @@ ONLY: dict[str, Any] = {
 
 def translated(given: dict[str, Any], path: Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Our configuration and mixer settings for the content of fla's config.json. DataError, naming the field, where there are none."""
-    if given.get("model_type") != "hgrn2":
-        raise DataError(f"{path}: model_type is {given.get('model_type')!r}; only hgrn2 can be read")
+    if given.get("model_type") != MODEL_TYPE:
+        raise DataError(f"{path}: model_type is {given.get('model_type')!r}; only {MODEL_TYPE} can be read")
     values = DEFAULTS | given
     for name, only in ONLY.items():
         if values[name] != only:

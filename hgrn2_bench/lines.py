@@ -151,7 +151,7 @@ def _told_by(part: Sequence[Run], parts: Sequence[Sequence[Run]]) -> str:
 
 
 def _runs(rows: Iterable[Row], metric: str) -> list[Run]:
-    """One run per cell, the newest where a cell was run twice."""
+    """One run per cell, the newest where a cell was run twice; none of a cell that was skipped before its files were there."""
     cells: dict[str, list[Row]] = defaultdict(list)
     others: dict[tuple[str, str], dict[tuple[str, str], float]] = defaultdict(dict)
     for row in sorted(rows, key=lambda r: r.time):
@@ -165,7 +165,14 @@ def _runs(rows: Iterable[Row], metric: str) -> list[Run]:
         tested = next((row for row in newest if row.split == "test"), newest[-1])
         beside = others.get((key, tested.time), {})
         runs.append(Run(tested, {row.split: row for row in newest if row.status == "ok"}, beside))
-    return runs
+    ran = {_but_files(run.row) for run in runs if run.row.status != "skipped"}
+    return [run for run in runs if run.row.status != "skipped" or run.row.settings.get("fingerprint") or _but_files(run.row) not in ran]
+
+
+def _but_files(row: Row) -> str:
+    """What a cell is but for the files that it reads."""
+    settings = {k: v for k, v in settings_of(row).items() if k != "fingerprint"}
+    return json.dumps([row.preset, row.protocol_version, row.dtype, row.task, row.model, row.seed, settings], sort_keys=True)
 
 
 def _split_by_data(runs: Sequence[Run], protocol: Protocol) -> list[list[Run]]:
@@ -224,12 +231,12 @@ def _grouped(runs: Sequence[Run], protocol: Protocol) -> dict[str, list[Run]]:
 def best_lines(runs: Sequence[Run], protocol: Protocol) -> list[Line]:
     """The best tuned value of each group of equal runs, best lines first."""
     lines = [_best_line(group, protocol) for group in _grouped(runs, protocol).values()]
-    return sorted(lines, key=lambda line: _rank(line, protocol), reverse=True)
+    return sorted(lines, key=_rank, reverse=True)
 
 
 def best_point(rows: Iterable[Row], protocol: Protocol) -> tuple[Any, ...]:
     """The best values of the tuned keys among rows that are equal in all else but the seed."""
-    return _best_of(_grid(_runs(rows, protocol.metric), protocol), protocol)
+    return _best_of(_grid(_runs(rows, protocol.metric), protocol))
 
 
 def _grid(runs: Iterable[Run], protocol: Protocol) -> dict[tuple[Any, ...], list[Run]]:
@@ -240,13 +247,13 @@ def _grid(runs: Iterable[Run], protocol: Protocol) -> dict[tuple[Any, ...], list
     return grid
 
 
-def _best_of(grid: Mapping[tuple[Any, ...], Sequence[Run]], protocol: Protocol) -> tuple[Any, ...]:
+def _best_of(grid: Mapping[tuple[Any, ...], Sequence[Run]]) -> tuple[Any, ...]:
     """The point with the best mean on the selection split; a point with a failed run is never preferred to one without.
 
     Where the grid was tuned on its first seed, the others were run at its best point only and have no say.
     """
-    sign = 1 if protocol.higher_is_better else -1
     everyone = [run.row for runs in grid.values() for run in runs]
+    sign = 1 if next((row for row in everyone if row.status == "ok"), everyone[0]).higher_is_better else -1
     first = min(row.seed for row in everyone)
     alone = all(row.settings.get("tune_on") == "first_seed" for row in everyone)
 
@@ -261,7 +268,7 @@ def _best_of(grid: Mapping[tuple[Any, ...], Sequence[Run]], protocol: Protocol) 
 
 def _best_line(runs: Sequence[Run], protocol: Protocol) -> Line:
     grid = _grid(runs, protocol)
-    best = _best_of(grid, protocol)
+    best = _best_of(grid)
     edge = []
     for position, key in enumerate(protocol.tuned):
         tried = sorted({point[position] for point in grid})
@@ -313,5 +320,18 @@ def learned(line: Line) -> bool:
     return beats_floors(line.middle, line.first)
 
 
-def _rank(line: Line, protocol: Protocol) -> tuple[bool, bool, float]:
-    return bool(line.finished), learned(line), line.middle if protocol.higher_is_better else -line.middle
+def _rank(line: Line) -> tuple[bool, bool, float]:
+    return bool(line.finished), learned(line), line.middle if line.first.higher_is_better else -line.middle
+
+
+def came_trained(row: Row) -> bool:
+    """Whether a row's model was evaluated as it came."""
+    return f"{row.model}.checkpoint" in row.settings
+
+
+def tokens_seen(row: Row) -> int | None:
+    """Training tokens that a row's model has seen, here or before it came; None where its folder does not say."""
+    if came_trained(row):
+        tokens: int | None = row.details.get("trained_tokens")
+        return tokens
+    return row.tokens

@@ -25,7 +25,8 @@ def print_suite(name: str) -> None:
     protocol = registry.protocol(name)
     print(f"{name}: {registry.suite_summary(name)}\nprotocol version {protocol.version}, metric {protocol.metric} ({protocol.unit})")
     for preset, content in protocol.presets.items():
-        print(f"\npreset={preset}: {content.summary}\n  source: {content.source}\n  tasks: {', '.join(content.tasks)}")
+        others = "; task=NAME takes any other that the suite knows" * content.open_tasks
+        print(f"\npreset={preset}: {content.summary}\n  source: {content.source}\n  tasks: {', '.join(content.tasks)}{others}")
         last = {word.partition("=")[0]: word for word in content.words}  # a preset may take over words and replace some
         print(f"  words: {' '.join(last.values())}")
     print("\nkeys (defaults; presets override them)")

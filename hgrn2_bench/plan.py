@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hgrn2_bench import provenance, registry
+from hgrn2_bench import foreign_config, provenance, registry
 from hgrn2_bench.backends import resolve_backend
 from hgrn2_bench.config import PLAN_KEYS, CellConfig, MatchConfig, ModelConfig, TrainConfig, Word, convert, parse_words, schema_of, written
 from hgrn2_bench.errors import ConfigError, unknown
@@ -97,13 +97,15 @@ class Cell:
     def fields(self) -> dict[str, Any]:
         """Every setting of the cell under the name a user types, the mixer's own with its prefix.
 
-        Of a trained model also its configuration has the prefix, but for what tables show, and there is none of training.
+        Of a trained model also its configuration has the prefix, but for what tables show, and there is none of training. A foreign one
+        has no configuration of ours.
         """
-        parts = (self.model_config, self.train, self.data, self.matching)
+        configs = () if self.backend == foreign_config.BACKEND else (self.model_config,)
+        parts = (*configs, self.train, self.data, self.matching)
         plain = {k: v for part in parts for k, v in dataclasses.asdict(part).items()}
         own = dict(self.settings)
         if self.checkpoint:
-            fixed = {k: v for k, v in dataclasses.asdict(self.model_config).items() if k not in SHOWN}
+            fixed = {k: v for config in configs for k, v in dataclasses.asdict(config).items() if k not in SHOWN}
             plain = {k: v for k, v in plain.items() if k not in fixed and (k in EVALUATING or k not in _own(TrainConfig, plain))}
             own = fixed | own | {"checkpoint": self.checkpoint}
         return plain | {f"{self.model}.{k}": v for k, v in own.items()}
@@ -152,10 +154,7 @@ def make_plan(words: Sequence[str], device: str, files: bool = True) -> Plan:
     parsed = parse_words(words)
     protocol, preset_name, preset = _protocol_and_preset(parsed)
     given = {word.key: word for word in parsed if not word.owner}
-    names = given["task"].values if "task" in given else tuple(preset.tasks)
-    for task in names:
-        if task not in preset.tasks:
-            raise unknown(f"task of {protocol.name} preset={preset_name}", str(task), preset.tasks)
+    tasks = _tasks(given["task"].values if "task" in given else tuple(preset.tasks), protocol, preset_name)
     preset_words = parse_words(preset.words)
     refs = next((w.values for w in (*parsed, *preset_words) if w.name == "model"), ())
     if not refs:
@@ -166,9 +165,9 @@ def make_plan(words: Sequence[str], device: str, files: bool = True) -> Plan:
     check_trained(parsed, protocol, chosen)
     cells: dict[str, Cell] = {}
     notes: dict[str, None] = {}
-    for task, (ref, model) in itertools.product(names, zip(refs, chosen, strict=True)):
+    for (task, task_words), (ref, model) in itertools.product(tasks.items(), zip(refs, chosen, strict=True)):
         axes = Axes()
-        for layer in (preset_words, parse_words(preset.tasks[task]), parsed):
+        for layer in (preset_words, task_words, parsed):
             axes.apply(layer, model)
         planned = protocol if files else dataclasses.replace(protocol, fingerprint=None)
         maker = _CellMaker(planned, preset_name, task, model, str(ref), device, parsed, axes)
@@ -177,6 +176,20 @@ def make_plan(words: Sequence[str], device: str, files: bool = True) -> Plan:
         notes |= dict.fromkeys(maker.notes)
     ordered = tuple(taking_turns(cells.values()) if protocol.speed else cells.values())
     return Plan(protocol, preset_name, ordered, tuple(notes), frozenset(word.name for word in parsed))
+
+
+def _tasks(names: Sequence[Any], protocol: Protocol, preset_name: str) -> dict[str, list[Word]]:
+    """The words of each task: those of the preset, or of any other name where it takes such. ConfigError for an unknown name."""
+    preset = protocol.presets[preset_name]
+    found: dict[str, list[Word]] = {}
+    for name in map(str, names):
+        if name in preset.tasks:
+            found[name] = parse_words(preset.tasks[name])
+        elif preset.open_tasks and protocol.open_task:
+            found[name] = parse_words(protocol.open_task(name))
+        else:
+            raise unknown(f"task of {protocol.name} preset={preset_name}", name, preset.tasks)
+    return found
 
 
 def taking_turns(cells: Collection[Cell]) -> list[Cell]:
@@ -238,8 +251,9 @@ class _CellMaker:
         """Let a trained model keep its own configuration and settings, and say which of the user's words it does not take."""
         if left := sorted(word.key for word in self.user if word.key in FIXED):
             self.notes.append(f"{', '.join(left)}: no effect on {self.model.name}, which is trained")
+        self.notes += [trained.remark] if trained.remark else []
         self.user = [word for word in self.user if word.key not in FIXED]
-        config = {f.name: getattr(trained.config, f.name) for f in dataclasses.fields(ModelConfig)}
+        config = {} if trained.foreign else {f.name: getattr(trained.config, f.name) for f in dataclasses.fields(ModelConfig)}
         own = {f"{self.model.name}.{name}": value for name, value in trained.card.settings.items()}
         kept = {name: values for name, values in self.axes.items() if name not in FIXED}
         self.axes = kept | {name: (value,) for name, value in {**config, **own}.items()}
@@ -326,7 +340,7 @@ class _CellMaker:
         typed = [axis_name(word, self.model) for word in self.user]
         swept = [name for name, tried in axes.items() if len(tried) > 1]
         words = [f"suite={self.protocol.name}", f"preset={self.preset}"]
-        words += [f"task={self.task}", f"model={written(self.ref)}", *([] if self.model.trained else [f"seed={seed}"])]
+        words += [f"task={written(self.task)}", f"model={written(self.ref)}", *([] if self.model.trained else [f"seed={seed}"])]
         words += [f"{name}={written(values[name])}" for name in dict.fromkeys([*swept, *typed]) if name in values and name != "seed"]
         return shlex.join(["python", "-m", "hgrn2_bench", "run", *words, "--device", self.device])
 

@@ -15,7 +15,7 @@ from hgrn2_bench import registry
 from hgrn2_bench.lines import Line, Run, best_lines, comparable
 from hgrn2_bench.plan import make_plan
 from hgrn2_bench.protocol import Protocol
-from hgrn2_bench.render import Column, Table, short
+from hgrn2_bench.render import short
 from hgrn2_bench.results import Row
 from hgrn2_bench.tables import half_interval
 
@@ -48,7 +48,7 @@ def verdict(line: dict[str, str], rows: Sequence[Row], protocol: Protocol) -> tu
         return "–", f"not comparable because ours is in {unit} and the published one in {line['unit'] or 'no stated unit'}"
     values = [100 * v if percent else v for v in ours.finished]
     low, high, kind = interval(values)
-    target, slack = float(line["value"]), _tolerance(line["note"])
+    target, slack = float(line["value"]), tolerance(line["note"])
     where = "below" if high + slack < target else "above" if low - slack > target else "within"
     lost = len(ours.runs) - len(values)
     words = [f"preset {ours.first.preset}", f"{kind} of {len(values)} seed{'s' * (len(values) > 1)}", *_tuning(ours, runs)]
@@ -124,15 +124,17 @@ def _tuning(ours: Line, runs: Sequence[Run]) -> list[str]:
 
 def _same(line: dict[str, str], row: Row) -> bool:
     """Whether a published value and a row are of one model, task and width; BaseConv, base_conv and Base-Conv are one name."""
-    task = {_plain(row.task), _plain(f"{row.task}_d{row.settings.get('d_model')}")}
-    return _plain(line["task"]) in task and _plain(line["model"]) == _plain(row.model)
+    task = {plain(row.task), plain(f"{row.task}_d{row.settings.get('d_model')}")}
+    return plain(line["task"]) in task and plain(line["model"]) == plain(row.model)
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A name without the signs by which its ways of writing differ."""
     return re.sub(r"[-_ ]", "", name.lower())
 
 
-def _tolerance(note: str) -> float:
+def tolerance(note: str) -> float:
+    """The reading error of a published value."""
     found = re.search(r"\+-(0\.\d+)", note)
     return float(found[1]) if found else TOLERANCE
 
@@ -153,17 +155,3 @@ def reproduced(row: Row, protocol: Protocol) -> float | None:
             if (row.unit, line["unit"]) == ("fraction", "%"):
                 return float(line["value"]) / 100
     return None
-
-
-def published_table(rows: Sequence[Row], protocol: Protocol) -> Table | None:
-    """All published values of the suite with our own and the verdict; None where nothing is published for it."""
-    lines = published(protocol.name)
-    if not lines:
-        return None
-    columns = tuple(Column(name) for name in ("model", "task", "layers", "published", "ours", "verdict"))
-    body = []
-    for line in lines:
-        ours, words = verdict(line, rows, protocol)
-        body.append((line["model"], line["task"], line["layers"] or "–", line["value"], ours, words))
-    sources = dict.fromkeys(f"{line['table']}: {line['source']}" for line in lines)
-    return Table(f"{protocol.name}: published values", columns, tuple(body), tuple(sources))

@@ -2,7 +2,8 @@
 
 A model's key is its file name in `baselines/` (or `hgrn2`); a suite's is its folder name in `suites/`. A third party adds its own
 through the entry-point groups `hgrn2_bench.baselines` (value `package.module`) and `hgrn2_bench.suites` (value `package`).
-`./file.py:Class` names a model of the user's own, and a folder a trained language model, which is evaluated as it is.
+`./file.py:Class` names a model of the user's own, and a folder, or `org/name` on the Hugging Face hub, a trained language model, which is
+evaluated as it is.
 """
 
 import ast
@@ -12,6 +13,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from hgrn2_bench import foreign_config
 from hgrn2_bench.errors import ConfigError, DataError, unknown
 from hgrn2_bench.protocol import Protocol
 from hgrn2_bench.trained import Card, Trained, unlike
@@ -155,7 +158,7 @@ def protocol(name: str) -> Protocol:
 
 
 def model(ref: str) -> Model:
-    """A model by key, by `./file.py:Class`, or by the folder of a trained one.
+    """A model by key, by `./file.py:Class`, or by the folder or the name on the hub of a trained one.
 
     ConfigError with the nearest name, or saying what is wrong with the file or folder.
     """
@@ -169,14 +172,16 @@ def model(ref: str) -> Model:
 
 
 def names_folder(ref: str) -> bool:
-    """Whether a model is named by a folder; one that is not there is told by its slash."""
+    """Whether a model is named by a folder, or by a name on the hub; one that is not there is told by its slash."""
     return ref not in models() and (Path(ref).is_dir() or ("/" in ref and ".py" not in ref))
 
 
 @functools.cache
 def _trained_model(ref: str) -> Model:
     """The model of a folder, under a name of its own. DataError, one line, where the folder holds none that can be built here."""
-    found = read_trained(Path(ref))
+    found = _from_hub(ref) if _names_hub(ref) else read_trained(Path(ref))
+    if found.foreign:
+        return _foreign_model(found)
     base = model(found.card.model)
     try:
         base.settings(**found.card.settings)
@@ -185,6 +190,25 @@ def _trained_model(ref: str) -> Model:
     if found.mixer_version:
         check_version(found.folder, found.card, found.mixer_version)
     return dataclasses.replace(base, name=found.label, trained=found)
+
+
+def _names_hub(ref: str) -> bool:
+    """Whether a name is one on the hub, `org/name`: where a folder `org` lies here, a folder in that is meant."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", ref)) and not Path(ref).parent.exists()
+
+
+def _from_hub(ref: str) -> Trained:
+    """A model of the hub, whose weights, tokenizer and configuration are fetched unless they are here. ConfigError where they cannot be."""
+    hub: Any = importlib.import_module("hgrn2_bench.hub")
+    return dataclasses.replace(read_trained(hub.fetch(ref)), name=ref.rpartition("/")[2])
+
+
+def _foreign_model(found: Trained) -> Model:
+    """A trained model that is none of ours: its settings are what its configuration says of its size."""
+    fields = [(name, type(value), dataclasses.field(default=value)) for name, value in found.card.settings.items()]
+    settings = dataclasses.make_dataclass("Settings", fields, frozen=True)
+    facts = {"version": "", "backends": (foreign_config.BACKEND,)}
+    return Model(found.label, "transformers", "", f"{found.card.model} of {found.folder}", settings, facts, is_mixer=False, trained=found)
 
 
 def version_of(ref: str, settings: Mapping[str, Any]) -> str:

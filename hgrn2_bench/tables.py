@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from hgrn2_bench import fairness
+from hgrn2_bench import fairness, items, paired
 from hgrn2_bench.averages import averages
 from hgrn2_bench.lines import (
     Line,
@@ -19,6 +19,7 @@ from hgrn2_bench.lines import (
     as_published,
     beats_floors,
     best_lines,
+    came_trained,
     chosen_on,
     commits,
     comparable,
@@ -26,6 +27,7 @@ from hgrn2_bench.lines import (
     learned,
     looks_ahead,
     settings_of,
+    tokens_seen,
 )
 from hgrn2_bench.protocol import Protocol
 from hgrn2_bench.render import Column, Score, Table, byte_count, count, short
@@ -36,6 +38,16 @@ PAIRS_NEEDED = 5
 """Paired seeds from which two models may be called not distinguishable."""
 WEIGHTS = {"test_best": "at the best validation", "test_ema": "of the averaged weights"}
 """Splits of the test data on which other weights than the last ones were measured: with `keep=both`, and with `ema`."""
+MEMBERS_SHOWN = 8
+"""Tasks of a group up to which each has a column."""
+COSTS = (
+    Column("parameters", count),
+    Column("non-embedding", count),
+    Column("state", byte_count),
+    Column("train FLOPs/token", count),
+    Column("local mixing"),
+    Column("positions"),
+)
 SHOWN_BY_COLUMN = ("conv", "positions", "seed")
 
 
@@ -93,18 +105,27 @@ def _status(line: Line, best: Line | None, seeds: Sequence[int], protocol: Proto
     words = [f"{status} {len(rows)}/{len(line.runs)}: {rows[0].reason}" for status, rows in failures.items()]
     if math.isfinite(line.middle) and not learned(line):
         above = sum(beats_floors(value, line.first) for value in line.finished)
-        words.append("not learned in this budget" + f" ({above} of {len(line.runs)} seeds beat the floor)" * (above > 0))
+        at_floor = "no better than the floor" if came_trained(line.first) else "not learned in this budget"
+        words.append(at_floor + f" ({above} of {len(line.runs)} seeds beat the floor)" * (above > 0))
     ran = [run.row.seed for run in line.runs]
     if ran != list(seeds):
         words.append(f"seed{'s' * (len(ran) > 1)} {_listed(ran)} only")
     if looks_ahead(line.first):
         words.append("not causal")
     words += [f"best {key} at the edge of its grid" for key in line.edge]
-    if best is not None and line is not best and not all_solved((line, best), protocol) and indistinguishable(line, best):
-        words.append("not distinguishable from best (paired t-test over seeds)")
+    if best is not None and line is not best and not all_solved((line, best), protocol):
+        words += _like_best(line, best)
     if preset and preset.source_models and line.first.model not in preset.source_models:
         words.append("our extension of the protocol")
     return "; ".join(words) or "ok"
+
+
+def _like_best(line: Line, best: Line) -> list[str]:
+    """That a line is not distinguishable from the best, and by which test; nothing where it is, or where none can be made."""
+    if indistinguishable(line, best):
+        return ["not distinguishable from best (paired t-test over seeds)"]
+    found = paired.of_lines(line, best)
+    return [f"not distinguishable from best ({found})"] if found and not found.is_clear else []
 
 
 def all_solved(lines: Sequence[Line], protocol: Protocol) -> bool:
@@ -118,7 +139,7 @@ def all_solved(lines: Sequence[Line], protocol: Protocol) -> bool:
 def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[str]) -> Table:
     lines = best_lines(runs, protocol)
     first, matched = lines[0].first, fairness.matched(lines[0].first)
-    arrow = "higher" if protocol.higher_is_better else "lower"
+    arrow = "higher" if first.higher_is_better else "lower"
     title = f"{first.suite}, preset {first.preset}, {first.task}: {metric} on test data ({first.unit}; {arrow} is better)"
     title += f", {matched}" * bool(matched)
     if refusal := fairness.refusal([run.row for run in runs]):
@@ -129,17 +150,12 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
     one_device = len({run.row.device_name for line in lines for run in line.runs if run.value is not None}) <= 1
     tuned = [key for key in protocol.tuned if any(line.searched or line.tuned[key] != lines[0].tuned[key] for line in lines)]
     columns = [Column("model"), *(Column(key, short) for key in (*varying, *tuned))]
-    columns += [
-        Column("parameters", count),
-        Column("non-embedding", count),
-        Column("state", byte_count),
-        Column("train FLOPs/token", count),
-        *[Column("off the match", fairness.percent)] * bool(matched),
-    ]
-    columns += [Column("local mixing"), Column("positions"), Column(f"{metric}, seed{'s' * (len(seeds) > 1)} {_listed(seeds)}")]
+    columns += [Column("tokens seen", count)] * protocol.takes_any_language_model
+    columns += [*COSTS[:4], *[Column("off the match", fairness.percent)] * bool(matched), *COSTS[4:]]
+    columns += [Column(f"{metric}, seed{'s' * (len(seeds) > 1)} {_listed(seeds)}")]
     measured = [split for split in WEIGHTS if any(split in run.splits for line in lines for run in line.runs)]
     columns += [Column(f"{metric} {WEIGHTS[split]}") for split in measured]
-    others = [each for each in protocol.beside_metric if metric == protocol.metric and any(_beside(line, each) != "–" for line in lines)]
+    others = _others(lines, protocol) if metric == protocol.metric else []
     columns += [Column(heading) for heading, _, _ in others]
     columns += [Column("tokens/s", count)] * one_device + [Column("status")]
     body = [
@@ -147,10 +163,11 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
             line.first.model,
             *(settings_of(line.first).get(key) for key in varying),
             *(line.tuned.get(key) for key in tuned),
+            *[tokens_seen(line.first)] * protocol.takes_any_language_model,
             *_costs(line.first)[:4],
             *[fairness.miss(line.first)] * bool(matched),
             *_costs(line.first)[4:],
-            Score(summary(line, protocol.solved), {run.row.seed: run.value for run in line.runs}),
+            Score(summary(line, protocol.solved) + _error(line), {run.row.seed: run.value for run in line.runs}),
             *(_with_weights(line, split) for split in measured),
             *(_beside(line, each) for each in others),
             *([_speed(line)] * one_device),
@@ -167,10 +184,27 @@ def _with_weights(line: Line, split: str) -> str:
     return ", ".join("–" if row is None or row.value is None else f"{row.value:.3f}" for row in found)
 
 
+def _error(line: Line) -> str:
+    """The standard error over the items of one run, where it is known."""
+    error = items.score_error(line.first) if len(line.finished) == len(line.runs) == 1 else None
+    return "" if error is None else f" ± {error:.3f}"
+
+
+def _others(lines: Sequence[Line], protocol: Protocol) -> list[tuple[str, str, str]]:
+    """Further columns that some line has a value for: those of the protocol, and of a group of tasks the score of each, if they are few."""
+    tasks = {task: metric for line in lines for task, metric in items.scored(line.first).items()}
+    named = {(metric, split) for _, metric, split in protocol.beside_metric}
+    members = [(f"{task} {metric}", metric, task) for task, metric in tasks.items() if (metric, task) not in named]
+    members = members if len(tasks) <= MEMBERS_SHOWN else []
+    return [each for each in (*protocol.beside_metric, *members) if any(_beside(line, each) != "–" for line in lines)]
+
+
 def _beside(line: Line, further: tuple[str, str, str]) -> str:
-    """The mean over seeds of another metric; – where no run has it."""
-    known = [run.beside[further[1:]] for run in line.runs if further[1:] in run.beside]
-    return f"{statistics.fmean(known):.3f}" if known else "–"
+    """The mean over seeds of another metric, of one run with its standard error over items; – where no run has it."""
+    _, metric, split = further
+    known = [run.beside[metric, split] for run in line.runs if (metric, split) in run.beside]
+    error = items.error_of(line.first, split, metric) if len(known) == len(line.runs) == 1 else None
+    return f"{statistics.fmean(known):.3f}" + (f" ± {error:.3f}" if error is not None else "") if known else "–"
 
 
 def _costs(row: Row) -> tuple[Any, ...]:
@@ -182,7 +216,7 @@ def _costs(row: Row) -> tuple[Any, ...]:
         row.state_bytes,
         row.train_flops_per_token,
         mixing,
-        row.settings.get("positions", "none"),
+        row.settings.get("positions") or row.effective.get("positions", "none"),  # of another maker's model only what was built
     )
 
 
@@ -201,23 +235,31 @@ def _speed(line: Line) -> float | None:
     return statistics.median(known) if known else None
 
 
-def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_device: bool) -> list[str]:
-    rows = [run.row for line in lines for run in line.runs]
-    first = lines[0].first
+def _definition(rows: Sequence[Row]) -> list[str]:
+    """The floors of the metric, how it is counted, and what stands behind its ±."""
     notes = []
     each_row = [floors_of(row) for row in rows]
     floors = {name: [found[name] for found in each_row if name in found] for row in each_row for name in row}
     if floors:
         ends = {name: dict.fromkeys(f"{value:.3f}" for value in (min(found), max(found))) for name, found in floors.items()}
         notes.append("floors: " + "; ".join(f"{name} {' to '.join(each)}" for name, each in ends.items()))
-    card = next((row.card for row in rows if row.card), {})
-    if card:
-        notes.append(f"{first.metric} counted so: " + "; ".join(f"{key} {value}" for key, value in card.items()))
-    budget = ("lr", "batch_size", *protocol.budget, "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
+    told = next((row for row in rows if row.card), None)
+    if told:
+        notes.append(f"{told.metric} counted so: " + "; ".join(f"{key} {value}" for key, value in told.card.items()))
+    if any(items.score_error(row) is not None for row in rows):
+        notes.append("± beside a single run is the standard error over its items, of three seeds or more half the 95% t-interval")
+    return notes
+
+
+def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_device: bool) -> list[str]:
+    rows = [run.row for line in lines for run in line.runs]
+    first = lines[0].first
+    notes = _definition(rows)
+    trains = not (protocol.takes_any_language_model and all(map(came_trained, rows)))
+    budget = ("lr", "batch_size", *protocol.budget * trains, "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
     same = {key: {json.dumps(row.settings.get(key)) for row in rows} for key in budget if key in first.settings}
     fixed = [f"{key} {json.loads(next(iter(v)))}" for key, v in same.items() if len(v) == 1]
-    if fixed:
-        notes.append(f"the same for every line: {', '.join(fixed)}")
+    notes += [f"the same for every line: {', '.join(fixed)}"] * bool(fixed)
     notes += [fairness.note(rows)] if fairness.matched(first) else []
     if any(line.searched for line in lines):
         notes.append(f"{', '.join(protocol.tuned)} chosen on {chosen_on(rows)}{as_published(rows)}")
@@ -234,7 +276,7 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
         f"commit {commits(rows)}"
     )
     beside = sorted({row.workers for row in rows})
-    if one_device and max(beside) > 1:
+    if one_device and max(beside) > 1 and any(row.tokens_per_s for row in rows):
         notes.append(f"speed measured with {' or '.join(map(str, beside))} cells of one run at once")
     plain = sorted({row.model for row in rows if row.effective.get("decoding")})
     if plain:

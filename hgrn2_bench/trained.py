@@ -1,18 +1,19 @@
 """Folders of trained language models, as far as planning reads them: what a model is, and the hash of it. Imports no torch.
 
-Ours are written by `hgrn2_bench.checkpoints`; those of fla, as published on the Hugging Face hub, are read by `hgrn2_bench.fla_config`.
+Ours are written by `hgrn2_bench.checkpoints`; HGRN2 of fla, as published on the Hugging Face hub, is read by `hgrn2_bench.fla_config`, and
+any other type of model by `hgrn2_bench.foreign_config`.
 """
 
 import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hgrn2_bench import fla_config, weights
+from hgrn2_bench import fla_config, foreign_config, weights
 from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.errors import ConfigError, DataError
 
@@ -26,9 +27,9 @@ class Card:
     """What a checkpoint says beside its weights and the model's configuration."""
 
     model: str
-    """Its name in the registry, or `./file.py:Class`."""
+    """Its name in the registry, or `./file.py:Class`; of a foreign model its type."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of its mixer."""
+    """Of its mixer; of a foreign model what its configuration says of its size."""
     tokenizer: Mapping[str, str] = field(default_factory=dict)
     """The card of the corpus that it was trained on."""
     tokens: int = 0
@@ -42,13 +43,21 @@ class Trained:
     folder: Path
     card: Card
     config: ModelConfig
+    """Says nothing of a foreign model."""
     vocab_size: int
+    """0 where a foreign model's folder does not say."""
     max_len: int
-    """Tokens of a training sample."""
+    """Tokens of a training sample; 0 where a foreign model's folder does not say."""
     mixer_version: str
     """Of the code that trained it; empty where the folder does not say."""
     hash: str
     """16 hex digits over `config.json` and the files of weights, wherever the folder lies."""
+    foreign: bool = False
+    """Whether it is none of our models, nor one that can be read as ours."""
+    remark: str = ""
+    """What to say before it runs."""
+    name: str = ""
+    """Where it is not the folder's."""
 
     @property
     def tokens(self) -> int | None:
@@ -58,7 +67,7 @@ class Trained:
     @property
     def label(self) -> str:
         """A short name: the folder's and the first digits of the hash; for a folder that is just called `model` the mixer's."""
-        name = self.folder.resolve().name
+        name = self.name or self.folder.resolve().name
         label = self.card.model.rpartition(":")[2] if name == "model" else re.sub(r"[^\w.+-]", "_", name)
         return f"{label}@{self.hash[:6]}"
 
@@ -66,6 +75,8 @@ class Trained:
 def read(folder: Path) -> Trained:
     """What a folder holds. DataError, one line, for files that are missing, cut short, changed, or of another kind."""
     content = weights.read_config(folder)
+    if content.get("model_type", fla_config.MODEL_TYPE) != fla_config.MODEL_TYPE:
+        return _foreign(folder, content)
     if "model_type" in content:
         config, settings = fla_config.translated(content, folder / "config.json")
         values = fla_config.DEFAULTS | content
@@ -77,13 +88,31 @@ def read(folder: Path) -> Trained:
         config, version = config_of(folder, content), content["mixer_version"]
         sizes = content["vocab_size"], content["max_len"]
         files = (folder / "model.safetensors",)
-    for path in files:
-        weights.check_tensors(path)
-    digests = {path.name: weights.digest(path) for path in files}
+    digests = _digests(files)
     if "sha256" in content:
         check_digest(folder, content, digests["model.safetensors"])
-    digest = hashlib.sha256(json.dumps([content, digests], sort_keys=True).encode()).hexdigest()[:16]
-    return Trained(folder, card, config, *sizes, mixer_version=version, hash=digest)
+    return Trained(folder, card, config, *sizes, mixer_version=version, hash=_hash(content, digests))
+
+
+def _foreign(folder: Path, content: Mapping[str, Any]) -> Trained:
+    """What the folder of a model of another type holds."""
+    path = folder / "config.json"
+    card = Card(str(content["model_type"]), foreign_config.settings_of(content, path))
+    sizes = card.settings.get("vocab_size", 0), foreign_config.length_of(content)
+    digest = _hash(content, _digests(fla_config.weight_files(folder)))
+    remark = foreign_config.remark(content, path)
+    return Trained(folder, card, ModelConfig(), *sizes, mixer_version="", hash=digest, foreign=True, remark=remark)
+
+
+def _digests(files: Sequence[Path]) -> dict[str, str]:
+    """The SHA-256 of each file of weights. DataError, before any is read, where one is missing, cut short or of another kind."""
+    for path in files:
+        weights.check_tensors(path)
+    return {path.name: weights.digest(path) for path in files}
+
+
+def _hash(content: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps([content, digests], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_card(folder: Path) -> Card:

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hgrn2_bench import registry
+from hgrn2_bench import fla_config, registry
 from hgrn2_bench.config import PLAN_KEYS, CellConfig, MatchConfig, ModelConfig, TrainConfig, Word
-from hgrn2_bench.errors import ConfigError, unknown
+from hgrn2_bench.errors import ConfigError, DataError, unknown
 from hgrn2_bench.protocol import Protocol
 
 MATCH_KEYS = tuple(f.name for f in dataclasses.fields(MatchConfig))
@@ -90,8 +90,12 @@ def check_models(chosen: Sequence[registry.Model]) -> None:
 def check_trained(parsed: Sequence[Word], protocol: Protocol, chosen: Sequence[registry.Model]) -> None:
     """Refuse trained models in a suite that does not evaluate them, and words that no model of the run would take."""
     kept = [model for model in chosen if model.trained]
-    if kept and not protocol.saves_weights:
+    if kept and not (protocol.saves_weights or protocol.takes_any_language_model):
         raise ConfigError(f"suite={protocol.name} trains its models: {kept[0].name} is a trained language model")
+    for found in (model.trained for model in kept if model.trained):
+        if found.foreign and not protocol.takes_any_language_model:
+            where = f"{found.folder / 'config.json'}: model_type is {found.card.model!r}"
+            raise DataError(f"{where}; only {fla_config.MODEL_TYPE} can be read by suite={protocol.name}")
     for word in parsed:
         if kept and len(kept) == len(chosen) and not word.owner and word.key in FIXED:
             raise ConfigError(f"{word.text!r} has no effect: {kept[0].name} is trained and stays as it is")

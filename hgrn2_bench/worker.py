@@ -123,7 +123,7 @@ def _warm(cell: Any, key: str, part: int, parts: int, pipe: Connection) -> None:
         fault = engine.outcome_of(error)[1]
     engine.free_memory(cell)
     pipe.send(("warmed", key, time.monotonic() - began, fault))
-    if fault and engine.device_is_broken(cell):
+    if fault and _device_is_broken(cell):
         os._exit(1)  # as in `_run`
 
 
@@ -157,7 +157,7 @@ def _run(cell: Any, key: str, how: tuple[Any, ...], pipe: Connection, stopping: 
             if force or rows is None:
                 rows = engine.run_cell(cell, folder, report, stopping.is_set, workers, track)
         pipe.send(("done", key, rows))
-        if rows[0].status != "ok" and engine.device_is_broken(cell):
+        if rows[0].status != "ok" and _device_is_broken(cell):
             os._exit(1)  # a CUDA error that stays would fail every later cell of this process
     except LockedError:
         pipe.send(("locked", key))
@@ -166,6 +166,19 @@ def _run(cell: Any, key: str, how: tuple[Any, ...], pipe: Connection, stopping: 
     except OSError as error:  # a full disk: what was written before stays, and the table still says what happened
         reason = f"cannot write cell {key}: {error.strerror or error}"
         pipe.send(("done", key, engine.make_rows(cell, [], "failed", reason, engine.Facts())))
+
+
+def _device_is_broken(cell: Any) -> bool:
+    """Whether the GPU refuses all further work of this process, as it does after an illegal memory access."""
+    import torch
+
+    if cell.device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _record(cell: Any, key: str, results: Path, status: str, reason: str, pipe: Connection) -> None:

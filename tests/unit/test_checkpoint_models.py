@@ -161,7 +161,7 @@ def flip(folder):
         (lambda f: edited(f, mixer_version="0"), "saved with version 0 of hgrn2, here it is"),
         (lambda f: edited(f, settings={"expand": 3}), "config and weights do not make a model here: .*expand"),
         (lambda f: edited(f, model_config={"d_modle": 3}), "config and weights do not make a model here: .*d_modle"),
-        (lambda f: edited(f, model_type="llama"), "model_type is 'llama'; only hgrn2 can be read"),
+        (lambda f: edited(f, model_type="llama", architectures=["LlamaForCausalLM"]), "model_type is 'llama'; only hgrn2 can be read"),
         (lambda f: (f / "model.safetensors").unlink(), "model.safetensors is missing"),
         (lambda f: (f / "model.safetensors").write_bytes(b"12345678"), "model.safetensors is cut short or no safetensors file"),
         (flip, r"another SHA-256"),

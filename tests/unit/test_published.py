@@ -16,7 +16,8 @@ import hgrn2_bench.published
 from hgrn2_bench import registry
 from hgrn2_bench.plan import make_plan
 from hgrn2_bench.protocol import Preset, Protocol
-from hgrn2_bench.published import departures, interval, preset_settings, published, published_table, reproduced, verdict
+from hgrn2_bench.published import departures, interval, preset_settings, published, reproduced, verdict
+from hgrn2_bench.published_tables import published_table
 from hgrn2_bench.render import render
 
 FILE = Path(hgrn2_bench.published.__file__).with_name("published.csv")

@@ -6,6 +6,7 @@ Shape letters: B rows, T tokens, M positions, D width, V vocabulary.
 """
 
 import copy
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -34,7 +35,10 @@ class Repeated(Sequence[MixerState]):
 
 
 class Ours:
-    """A language model of ours. Its states, caches of attention among them, may follow a common beginning, unless positions are in a table."""
+    """A language model of ours.
+
+    Its states, the caches of attention among them, may follow a common beginning, unless positions are looked up in a table.
+    """
 
     def __init__(self, model: LanguageModel) -> None:
         """ValueError for a model in training mode."""
@@ -92,6 +96,15 @@ class Ours:
         ]
 
 
+CACHES = ("cache", "past_key_values")
+"""What transformers calls the states of a model, the newer name first."""
+
+
+def cache_of(out: Any) -> Any:
+    """The states that a model of transformers gave; None where it has none."""
+    return next((getattr(out, name) for name in CACHES if hasattr(out, name)), None)
+
+
 class Foreign:
     """A causal language model of transformers. Only plain caches of keys and values are shared between requests."""
 
@@ -102,6 +115,7 @@ class Foreign:
         self.model, self.max_length = model, max_length
         self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
         self.head: nn.Module | None = model.get_output_embeddings()
+        self.cache = next(name for name in CACHES if name in inspect.signature(model.forward).parameters or name == CACHES[-1])
         self.can_reuse = self._is_plain()
 
     @torch.no_grad()
@@ -109,7 +123,7 @@ class Foreign:
         """Whether the cache holds nothing but the keys and values of every token."""
         from transformers.cache_utils import DynamicCache, DynamicLayer
 
-        cache = self._call(torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=True).get("past_key_values")
+        cache = cache_of(self._call(torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=True))
         return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
 
     def _call(self, ids_BT: Tensor, **words: Any) -> Any:
@@ -143,7 +157,7 @@ class Foreign:
 
     def read(self, ids_BT: Tensor) -> Any:
         """The cache after prompts of one length."""
-        return self._chosen(ids_BT, torch.zeros(1, dtype=torch.int64, device=self.device), use_cache=True)[1].past_key_values
+        return cache_of(self._chosen(ids_BT, torch.zeros(1, dtype=torch.int64, device=self.device), use_cache=True)[1])
 
     def repeated(self, states: Any, rows_B: Tensor) -> Any:
         """A cache of which row b is row `rows_B[b]` of the one given."""
@@ -153,7 +167,7 @@ class Foreign:
 
     def logits(self, ids_BT: Tensor, where_M: Tensor, states: Any = None) -> Iterator[Tensor]:
         """Logits (M, V) at flat positions of (B, T)."""
-        words = {} if states is None else {"past_key_values": states}
+        words = {} if states is None else {self.cache: states}
         yield self._chosen(ids_BT, where_M, use_cache=states is not None, **words)[0]
 
     def begin(self, ids_BT: Tensor, capacity: int) -> tuple[Tensor, Any]:
@@ -161,15 +175,15 @@ class Foreign:
         B, T = ids_BT.shape
         last_B = torch.arange(1, B + 1, device=self.device) * T - 1
         logits_BV, out = self._chosen(ids_BT, last_B, use_cache=True)
-        cache = out.get("past_key_values")
+        cache = cache_of(out)
         return logits_BV, ids_BT if cache is None else cache
 
     def follow(self, ids_B: Tensor, states: Any) -> tuple[Tensor, Any]:
         """The same after one more token of each row."""
         if isinstance(states, Tensor):
             return self.begin(torch.cat([states, ids_B[:, None]], 1), 0)
-        out = self._call(ids_B[:, None], past_key_values=states, use_cache=True)
-        return out.logits[:, -1], out.past_key_values
+        out = self._call(ids_B[:, None], use_cache=True, **{self.cache: states})
+        return out.logits[:, -1], cache_of(out)
 
     def joined(self, states: Sequence[Any]) -> Any:
         """Not possible."""

@@ -181,8 +181,10 @@ def _whole_passes(groups: list[Group], limits: Limits) -> Iterator[Pass]:
 
 
 def _shared_passes(groups: list[Group], limits: Limits) -> Iterator[Pass]:
-    """Groups from the earliest cut to the latest. Those with later cuts join a pass, cut where it is, as long as what that wastes costs
-    less than a pass of their own."""
+    """Groups from the earliest cut to the latest.
+
+    Those with later cuts join a pass, cut where it is, as long as what that wastes costs less than a pass of their own.
+    """
     held: list[Group] = []
     needed = 0
     for group in sorted(groups, key=lambda group: (group.cut, group.longest)):
@@ -250,7 +252,7 @@ class Scorer:
         return {n: Score(float(s), bool(g)) for n, s, g in zip(batch.requests, sums, greedy, strict=True)}
 
     def _predictions(self, ids_BT: np.ndarray, asked: "Asked", states: Any) -> tuple[np.ndarray, np.ndarray]:
-        """log p (E,) in float64 and whether nothing was more probable (E,), in the order of the requests: one wait for the device."""
+        """Each log p (E,) in float64 and whether nothing was more probable (E,), in the order of the requests: one wait for the device."""
         order = np.argsort(asked.which, kind="stable")
         which, targets = asked.which[order], self._tensor(asked.targets[order])
         index = self._tensor(which)
@@ -304,7 +306,7 @@ def _asked(batch: Pass, width: int) -> Asked:
 
 
 def _log_p(logits_MV: Tensor, index_E: Tensor, targets_E: Tensor) -> Tensor:
-    """log p of the targets at some positions, and whether each is the most probable token there, (2, E) in float64."""
+    """Each target's log p at its position, and whether each is the most probable token there, (2, E) in float64."""
     wide = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
     log_p_E = wide[index_E, targets_E] - wide.logsumexp(-1)[index_E]
     return torch.stack([log_p_E.double(), (wide.argmax(-1)[index_E] == targets_E).double()])

@@ -156,7 +156,7 @@ def model_of(name: str, settings: dict[str, Any] | None = None, **words: Any) ->
 
 
 ONE_BY_ONE = Limits(200, rows=1, reuse=False)
-MIXERS = [name for name in registry.models()]
+MIXERS = list(registry.models())
 
 
 @pytest.mark.parametrize("conv", [0, 4])

@@ -87,6 +87,8 @@ LIGHT = (
     "warm",
     "status",
     "datacheck",
+    "hub",
+    "lm_eval_hook",
 )
 
 

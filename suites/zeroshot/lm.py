@@ -129,7 +129,7 @@ class BenchLM(TemplateLM):
         """ConfigError for lm-eval's cache of answers, which does not know from which model they are."""
         if cache_hook.dbdict is not None:
             raise ConfigError(
-                "use_cache: lm-eval's cache does not know which model an answer is from; give --model_args store=FILE instead"
+                "use_cache: lm-eval's cache does not know whose answers it holds; give --model_args store=FILE instead"
             )
         super().set_cache_hook(cache_hook)
 
@@ -256,7 +256,6 @@ class BenchLM(TemplateLM):
         cast = torch.autocast(self._device.type, self._autocast or torch.bfloat16, enabled=self._autocast not in (None, torch.float32))
         with tqdm(total=requests, disable=True if disable_tqdm or self.rank else None, desc="requests") as bar, cast:
             yield bar.update
-        self.stored.sync()
         self.seconds += time.perf_counter() - began
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:

@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from hgrn2_bench.errors import ConfigError
 
@@ -25,14 +25,14 @@ class Store:
         self.found: dict[str, Any] = {}
         self.loaded = 0
         """Results that were there at the start."""
-        self._file: TextIO | None = None
+        self._path, self._synced = path, time.monotonic()
         if path is not None:
             try:
-                self._open(path)
+                self._read(path)
             except OSError as error:
                 raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from None
 
-    def _open(self, path: Path) -> None:
+    def _read(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         whole = 0
@@ -48,22 +48,17 @@ class Store:
                 whole += len(line)
         os.truncate(path, whole)
         self.loaded = len(self.found)
-        self._file, self._synced = path.open("a", encoding="utf-8"), time.monotonic()
 
     def add(self, results: Mapping[str, Any]) -> None:
         """Keep the results of a pass."""
         self.found |= results
-        if self._file is not None:
-            self._file.write(json.dumps(results) + "\n")
-            self._file.flush()
-            if time.monotonic() - self._synced > SYNC_EVERY_S:
-                self.sync()
-
-    def sync(self) -> None:
-        """Put on the disk what was added."""
-        if self._file is not None:
-            os.fsync(self._file.fileno())
-            self._synced = time.monotonic()
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(results) + "\n")
+                if time.monotonic() - self._synced > SYNC_EVERY_S:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    self._synced = time.monotonic()
 
 
 def key_of(*parts: Any) -> str:

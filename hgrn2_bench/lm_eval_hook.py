@@ -32,7 +32,7 @@ class Finder:
         try:
             from importlib.util import find_spec
 
-            spec = find_spec(name)
+            spec: Any = find_spec(name)
         finally:
             self.busy = False
         if spec is not None and spec.loader is not None:

@@ -128,9 +128,7 @@ class BenchLM(TemplateLM):
     def set_cache_hook(self, cache_hook: Any) -> None:
         """ConfigError for lm-eval's cache of answers, which does not know from which model they are."""
         if cache_hook.dbdict is not None:
-            raise ConfigError(
-                "use_cache: lm-eval's cache does not know whose answers it holds; give --model_args store=FILE instead"
-            )
+            raise ConfigError("use_cache: lm-eval's cache does not know whose answers it holds; give --model_args store=FILE instead")
         super().set_cache_hook(cache_hook)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -195,12 +193,13 @@ class BenchLM(TemplateLM):
             advance(len(known))
             for batch in self.scorer.plan(asked):
                 numbers = batch.requests
-                if not all(keys[number] in self.stored.found for number in numbers):
+                if all(keys[number] in self.stored.found for number in numbers):
+                    self.counts["stored"] += len(numbers)
+                    known |= {number: Score(*self.stored.found[keys[number]]) for number in numbers}
+                else:
                     found = self.scorer.run(batch)
                     self.stored.add({keys[number]: list(score) for number, score in found.items()})
-                else:
-                    self.counts["stored"] += len(numbers)
-                known |= {number: Score(*self.stored.found[keys[number]]) for number in numbers}
+                    known |= found
                 advance(len(numbers))
         scores = [known[number] for number in range(len(pairs))]
         self._warn_of_guessing(pairs, scores)
@@ -274,12 +273,13 @@ class BenchLM(TemplateLM):
                 for batch in generation.batches([prompts[n] for n in numbers], self.options.rows or 32, self.reader.can_join):
                     chosen = [numbers[place] for place in batch]
                     keys = [self._key("generate_until", requests[n].args[0], settings.until, settings.most) for n in chosen]
-                    if not all(key in self.stored.found for key in keys):
+                    if all(key in self.stored.found for key in keys):
+                        self.counts["stored"] += len(chosen)
+                        texts = [self.stored.found[key] for key in keys]
+                    else:
                         texts = self._generated([prompts[n] for n in chosen], settings)
                         self.stored.add(dict(zip(keys, texts, strict=True)))
-                    else:
-                        self.counts["stored"] += len(chosen)
-                    found |= {n: self.stored.found[key] for n, key in zip(chosen, keys, strict=True)}
+                    found |= dict(zip(chosen, texts, strict=True))
                     advance(len(chosen))
         return [found[number] for number in range(len(requests))]
 

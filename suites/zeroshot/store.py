@@ -18,7 +18,7 @@ SYNC_EVERY_S = 5.0
 
 
 class Store:
-    """Results by key; without a path they are kept for the life of the object alone."""
+    """Results by key; without a path nothing is kept."""
 
     def __init__(self, path: Path | None) -> None:
         """ConfigError where the file cannot be read or written."""
@@ -51,8 +51,8 @@ class Store:
 
     def add(self, results: Mapping[str, Any]) -> None:
         """Keep the results of a pass."""
-        self.found |= results
         if self._path is not None:
+            self.found |= results
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(results) + "\n")
                 if time.monotonic() - self._synced > SYNC_EVERY_S:

@@ -236,9 +236,11 @@ class BenchLM(TemplateLM):
             self._checked = True
 
     def _warn_of_guessing(self, pairs: Sequence[Pair], scores: Sequence[Score]) -> None:
-        """Say so where the model is worse than one that takes every token for equally likely."""
-        tokens = sum(len(pair[1]) for pair, score in zip(pairs, scores, strict=True) if math.isfinite(score.log_p))
-        nats = -sum(score.log_p for score in scores if math.isfinite(score.log_p))
+        """Say so where the model is worse than one that takes every token for equally likely; wrong choices, which it should be, aside."""
+        times = Counter(tuple(context) for context, _ in pairs)
+        alone = [(len(pair[1]), score.log_p) for pair, score in zip(pairs, scores, strict=True) if times[tuple(pair[0])] == 1]
+        tokens = sum(length for length, log_p in alone if math.isfinite(log_p))
+        nats = -sum(log_p for _, log_p in alone if math.isfinite(log_p))
         if tokens and nats > tokens * math.log(self.reader.vocab_size):
             found = f"perplexity {math.exp(min(nats / tokens, 700.0)):.4g} a token over {tokens:,} tokens"
             self.warnings.append(

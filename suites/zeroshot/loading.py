@@ -38,6 +38,7 @@ def load(ref: str | Path, backend: str = "auto", device: str = "cpu", dtype: str
         return checkpoints.load(folder, resolved, device).to(kind), tokenizer
     if backend != "auto":
         raise ConfigError(f"backend={backend} has no effect on {folder}: transformers runs it; leave backend out")
+    _check_foreign(folder, content, device)
     return _foreign(folder, content, kind).to(device).eval(), tokenizer
 
 
@@ -83,13 +84,22 @@ def tokenizer_of(folder: Path) -> Any:
         raise DataError(f"{folder}: its tokenizer cannot be read ({_line(error)}): copy its files again") from None
 
 
+def _check_foreign(folder: Path, content: dict[str, Any], device: str) -> None:
+    """Let transformers know fla's models where it needs them. ConfigError for one of those without a GPU, which they cannot do without."""
+    library = needed("transformers", "transformers", f"{folder}: a model of type {content['model_type']}", hub.INSTALL)
+    if content["model_type"] in library.CONFIG_MAPPING or importlib.util.find_spec("fla") is None:
+        return
+    from hgrn2_bench.ops import fla
+
+    fla.register_language_models()
+    if content["model_type"] in library.CONFIG_MAPPING and torch.device(device).type == "cpu":
+        kind = content["model_type"]
+        raise ConfigError(f"{folder}: fla's {kind} needs a GPU; of fla's models HGRN2 alone runs without one, on our ops")
+
+
 def _foreign(folder: Path, content: dict[str, Any], dtype: torch.dtype) -> Any:
     """A model of transformers, on the CPU. DataError, one line, where it has none of this kind or the files are damaged."""
     library = needed("transformers", "transformers", f"{folder}: a model of type {content['model_type']}", hub.INSTALL)
-    if importlib.util.find_spec("fla") is not None and content["model_type"] not in library.CONFIG_MAPPING:
-        from hgrn2_bench.ops import fla
-
-        fla.register_language_models()
     if not any(folder.glob("*.safetensors")):
         raise DataError(f"{folder} has no weights as safetensors, the one kind that cannot run code: convert them first")
     try:

@@ -202,13 +202,13 @@ def _shared_passes(groups: list[Group], limits: Limits) -> Iterator[Pass]:
 
 def _padded(groups: list[Group], cut: int, limits: Limits) -> int:
     """Tokens of a pass, its padding included."""
-    width = padded_width(max(group.longest for group in groups) - cut, limits)
+    width = padded_width(max(group.longest for group in groups) - cut, cut, limits)
     return len(groups) * cut + sum(len(group.rows) for group in groups) * width
 
 
-def padded_width(tokens: int, limits: Limits) -> int:
-    """Tokens of the longest row, padded to the multiple as far as the model can read."""
-    return max(tokens, min(-(-tokens // limits.multiple) * limits.multiple, limits.max_length))
+def padded_width(tokens: int, cut: int, limits: Limits) -> int:
+    """Tokens of the longest row behind the cut, padded to the multiple as far as the model can read."""
+    return max(tokens, min(-(-tokens // limits.multiple) * limits.multiple, limits.max_length - cut))
 
 
 def _fits(groups: list[Group], cut: int, limits: Limits) -> bool:
@@ -234,7 +234,7 @@ class Scorer:
     @torch.no_grad()
     def run(self, batch: Pass) -> dict[int, Score]:
         """The score of every request of a pass, by its number."""
-        states, width = None, padded_width(max(map(len, batch.rows)) - batch.cut, self.limits)
+        states, width = None, padded_width(max(map(len, batch.rows)) - batch.cut, batch.cut, self.limits)
         if batch.cut:
             prompts = [group.rows[0].context[: batch.cut] for group in batch.groups]
             states = self.reader.read(self._tensor(np.array(prompts, np.int64)))

@@ -263,6 +263,9 @@ def test_worse_than_guessing_is_said(own_folder):
     bench.loglikelihood_rolling([Request((TEXTS[3],))])
     (warning,) = bench.told()["warnings"]
     assert f"above the vocabulary of {VOCAB}" in warning
+    choices = BenchLM(model=bench.model, tokenizer=bench.tokenizer)
+    choices.loglikelihood([Request(("a", " of choices")), Request(("a", " one is wrong"))])
+    assert choices.told()["warnings"] == []
 
 
 def test_a_model_in_memory_computes_in_the_type_asked_for():
@@ -327,6 +330,35 @@ def test_folders_that_cannot_be_loaded_are_named(own_folder, folder, tmp_path):
         loading.load(bare)
     with pytest.raises(ConfigError, match="backend=chunked has no effect"):
         loading.load(folder, "chunked")
+
+
+def test_fla_s_other_models_are_known_and_need_a_gpu(folder, tmp_path, monkeypatch):
+    from transformers import AutoConfig, PreTrainedConfig
+
+    from hgrn2_bench.ops import fla
+
+    content = json.loads((folder / "config.json").read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    kind = f"like-gla-{content['model_type']}"
+    (tmp_path / "config.json").write_text(json.dumps(content | {"model_type": kind}))
+    config = type("LikeGLAConfig", (PreTrainedConfig,), {"model_type": kind})
+    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(fla, "register_language_models", lambda: AutoConfig.register(kind, config))
+    with pytest.raises(ConfigError, match=f"fla's {kind} needs a GPU"):
+        loading.load(tmp_path)
+
+
+def test_weights_that_could_run_code_are_refused(folder, tmp_path):
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(DataError, match="no weights as safetensors"):
+        loading.load(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(DataError, match="cannot load it as a causal language model"):
+        loading.load(tmp_path)
 
 
 def test_half_precision_is_only_the_default_on_a_gpu():

@@ -92,6 +92,14 @@ def test_rows_and_tokens_of_a_pass_keep_to_the_limits():
     assert max(B * T for B, T in table.shapes) <= 120
 
 
+def test_padding_never_reaches_beyond_what_the_model_can_read():
+    table, contexts = Table(), [tuple(i % V for i in range(n)) for n in (26, 27, 28)]
+    pairs = [(context, [n, n]) for context in contexts for n in range(4)]
+    score(table, pairs, Limits(29, multiple=16, pass_tokens=1000))
+    read, followed = table.shapes
+    assert read[1] + followed[1] == 29
+
+
 def test_the_same_request_is_read_once():
     table = Table()
     found = score(table, [([1, 2], [3]), ([1, 2], [4]), ([1, 2], [3])], Limits(100))

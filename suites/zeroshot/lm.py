@@ -146,8 +146,10 @@ class BenchLM(TemplateLM):
         """Log p in nats of each continuation after its context, and whether greedy decoding would give it."""
         texts = [tuple(request.args) for request in requests]
         pairs = self.encoder.pairs(texts)
-        keys = [self._key("loglikelihood", *text) for text in texts]
-        return [(each.log_p, each.is_greedy) for each in self._scores(pairs, keys, requests, disable_tqdm)]
+        scores = self._scores(pairs, [self._key("loglikelihood", *text) for text in texts], requests, disable_tqdm)
+        times = Counter(context for context, _ in texts)  # of several choices most are wrong, and should be improbable
+        self._warn_of_guessing([each for each, text in zip(zip(pairs, scores, strict=True), texts, strict=True) if times[text[0]] == 1])
+        return [(each.log_p, each.is_greedy) for each in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log p of each text, of which every token is predicted once, in windows as lm-eval cuts them."""
@@ -161,8 +163,10 @@ class BenchLM(TemplateLM):
                 pairs.append(window)
                 keys.append(self._key("loglikelihood_rolling", text, place))
                 of.append(number)
+        scores = self._scores(pairs, keys, [requests[n] for n in of], disable_tqdm)
+        self._warn_of_guessing(list(zip(pairs, scores, strict=True)))
         sums = [0.0] * len(requests)
-        for number, found in zip(of, self._scores(pairs, keys, [requests[n] for n in of], disable_tqdm), strict=True):
+        for number, found in zip(of, scores, strict=True):
             sums[number] += found.log_p
         return sums
 
@@ -201,9 +205,7 @@ class BenchLM(TemplateLM):
                     self.stored.add({keys[number]: list(score) for number, score in found.items()})
                     known |= found
                 advance(len(numbers))
-        scores = [known[number] for number in range(len(pairs))]
-        self._warn_of_guessing(pairs, scores)
-        return scores
+        return [known[number] for number in range(len(pairs))]
 
     def _special(self, pair: Pair, context: Sequence[int], request: Any) -> Score | None:
         """The score of a pair that is not read, and a note of everything that is not scored as it stands."""
@@ -235,16 +237,14 @@ class BenchLM(TemplateLM):
             self.invariance = invariance.check(self.reader, pairs, self.max_length, dtype)
             self._checked = True
 
-    def _warn_of_guessing(self, pairs: Sequence[Pair], scores: Sequence[Score]) -> None:
-        """Say so where the model is worse than one that takes every token for equally likely; wrong choices, which it should be, aside."""
-        times = Counter(tuple(context) for context, _ in pairs)
-        alone = [(len(pair[1]), score.log_p) for pair, score in zip(pairs, scores, strict=True) if times[tuple(pair[0])] == 1]
-        tokens = sum(length for length, log_p in alone if math.isfinite(log_p))
-        nats = -sum(log_p for _, log_p in alone if math.isfinite(log_p))
+    def _warn_of_guessing(self, found: Sequence[tuple[Pair, Score]]) -> None:
+        """Say so where the model is worse than one that takes every token for equally likely."""
+        finite = [(len(pair[1]), score.log_p) for pair, score in found if math.isfinite(score.log_p)]
+        tokens, nats = sum(length for length, _ in finite), -sum(log_p for _, log_p in finite)
         if tokens and nats > tokens * math.log(self.reader.vocab_size):
-            found = f"perplexity {math.exp(min(nats / tokens, 700.0)):.4g} a token over {tokens:,} tokens"
+            seen = f"perplexity {math.exp(min(nats / tokens, 700.0)):.4g} a token over {tokens:,} tokens"
             self.warnings.append(
-                f"{found} is above the vocabulary of {self.reader.vocab_size:,}, worse than guessing: "
+                f"{seen} is above the vocabulary of {self.reader.vocab_size:,}, worse than guessing: "
                 f"is this the model's tokenizer, and was it trained with bos as here ({self.encoder.told})?"
             )
             logger.warning(self.warnings[-1])

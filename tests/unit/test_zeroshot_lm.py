@@ -260,7 +260,7 @@ def test_worse_than_guessing_is_said(own_folder):
     bench = BenchLM(own_folder, device="cpu")
     with torch.no_grad():
         bench.model.embedding.weight.mul_(5)
-    bench.loglikelihood_rolling([Request((TEXTS[3],))])
+    bench.loglikelihood_rolling([Request((TEXTS[3],)), Request((TEXTS[3][1:],))])
     (warning,) = bench.told()["warnings"]
     assert f"above the vocabulary of {VOCAB}" in warning
     choices = BenchLM(model=bench.model, tokenizer=bench.tokenizer)

@@ -286,12 +286,12 @@ class BenchLM(TemplateLM):
         return [found[number] for number in range(len(requests))]
 
     def _prompt(self, ids: list[int], settings: generation.Settings, request: Any) -> list[int]:
-        """The end of a prompt that leaves room for what is to come; never empty."""
+        """The end of a prompt that leaves room for what is to come; never empty. One to be skipped is continued too, and noted as such."""
         room = self.max_length - settings.most
         if room < 1:
             raise ConfigError(f"max_gen_toks={settings.most} leaves no room for a prompt in max_length={self.max_length}: raise max_length")
         if len(ids) > room:
-            self._note("truncated", request, tokens=len(ids))
+            self._note("skipped" if self.options.truncation == "skip" else "truncated", request, tokens=len(ids))
         return ids[-room:] or [self.prefix_token_id]
 
     def _generated(self, prompts: list[list[int]], settings: generation.Settings) -> list[str]:

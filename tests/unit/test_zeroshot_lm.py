@@ -166,6 +166,8 @@ def test_too_long_requests_are_left_out_where_that_is_asked_for(own_folder):
     assert math.isnan(scores[-1][0])
     assert not any(math.isnan(score) for score, _ in scores[:-1])
     assert (bench.told()["skipped"], bench.told()["truncated"]) == (1, 0)
+    bench.generate_until([Request((prompt, {"max_gen_toks": 2}), "t", n) for n, prompt in enumerate(PROMPTS)])
+    assert bench.told()["items"]["skipped"][1:] == [{"task": "t", "doc": 3, "choice": 0, "tokens": 161}]
     with pytest.raises(ConfigError, match="truncation"):
         BenchLM(own_folder, device="cpu", truncation="right")
 

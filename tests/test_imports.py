@@ -98,6 +98,8 @@ LIGHT = (
     "warm",
     "status",
     "datacheck",
+    "hub",
+    "lm_eval_hook",
 )
 
 

@@ -374,3 +374,8 @@ def cross_entropy(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
     losses_M, _ = _function("fla.modules.fused_cross_entropy", "cross_entropy_loss")(logits_MV, labels_M, inplace_backward=True)
     mean: Tensor = losses_M.mean()
     return mean
+
+
+def register_language_models() -> None:
+    """Tell transformers of fla's language models, so that its Auto classes know their folders."""
+    importlib.import_module("fla.models")

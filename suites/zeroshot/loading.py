@@ -1,0 +1,128 @@
+"""Trained language models from folders, and their tokenizers.
+
+Folders of ours, and of HGRN2 in the format of flash-linear-attention (fla), are read by `hgrn2_bench.checkpoints` and run on our ops, so
+also without a GPU. All others are read by transformers, fla's own models with it where fla is installed: from safetensors alone, and
+without code from the folder.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hgrn2_bench import checkpoints, hub, registry, trained, weights
+from hgrn2_bench.backends import resolve_backend
+from hgrn2_bench.errors import ConfigError, DataError, unknown
+from hgrn2_bench.rows import needed
+from suites.zeroshot.reading import Foreign, Ours
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+KEYS = ("dtype", "torch_dtype")
+"""Where config.json says in which type the weights were published; the first counts."""
+
+
+def load(ref: str | Path, backend: str = "auto", device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
+    """The model of a folder or of a name on the hub, in eval mode, and its tokenizer.
+
+    All weights get the type `dtype`, as in lm-eval's own `hf` model. `auto` is on a GPU the type that config.json names, on a CPU float32:
+    half precision is no faster there. ConfigError or DataError, one line, where something is missing or cannot run.
+    """
+    folder = hub.folder_of(str(ref))
+    content = weights.read_config(folder)
+    tokenizer = tokenizer_of(folder)
+    kind = dtype_of(content, dtype, device)
+    if is_own(content) or content.get("model_type") == "hgrn2":
+        name = trained.read_card(folder).model if is_own(content) else "hgrn2"
+        resolved = resolve_backend(backend, torch.device(device).type, *_mixers(name, folder, content))
+        return checkpoints.load(folder, resolved, device).to(kind), tokenizer
+    if backend != "auto":
+        raise ConfigError(f"backend={backend} has no effect on {folder}: transformers runs it; leave backend out")
+    _check_foreign(folder, content, device)
+    return _foreign(folder, content, kind).to(device).eval(), tokenizer
+
+
+def is_own(content: dict[str, Any]) -> bool:
+    """Whether a config.json is of a checkpoint of ours."""
+    return "model_type" not in content
+
+
+def is_own_folder(ref: str | Path) -> bool:
+    """Whether a folder holds a checkpoint of ours."""
+    return is_own(weights.read_config(hub.folder_of(str(ref))))
+
+
+def _mixers(name: str, folder: Path, content: dict[str, Any]) -> list[registry.Model]:
+    """All mixers of a model: the parts of a hybrid, and that of the first layer."""
+    model = registry.model(name)
+    first = content.get("model_config", {}).get("first_layer", "none")
+    parts = model.parts(trained.read_card(folder).settings) if is_own(content) else ()
+    return [*(parts or (model,)), *registry.first_layer(first)]
+
+
+def dtype_of(content: dict[str, Any], name: str, device: str) -> torch.dtype:
+    """The type of the weights. ConfigError for a name that is none."""
+    if name == "auto":
+        if torch.device(device).type == "cpu":
+            return torch.float32
+        name = next((content[key] for key in KEYS if content.get(key) in DTYPES), "float32")
+    if name not in DTYPES:
+        raise unknown("dtype", name, [*DTYPES, "auto"])
+    return DTYPES[name]
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer of a folder. DataError, one line, where there is none or it is damaged."""
+    library = needed("transformers", "transformers", f"{folder}: its tokenizer", hub.INSTALL)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
+        raise DataError(f"{folder} has no tokenizer (tokenizer.json): copy the one that the model was trained with there")
+    try:
+        if (folder / "tokenizer.json").is_file() and "model_type" not in weights.read_config(folder):
+            return library.PreTrainedTokenizerFast.from_pretrained(folder)
+        return library.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the libraries have no narrower one
+        raise DataError(f"{folder}: its tokenizer cannot be read ({_line(error)}): copy its files again") from None
+
+
+def _check_foreign(folder: Path, content: dict[str, Any], device: str) -> None:
+    """Let transformers know fla's models where it needs them. ConfigError for one of those without a GPU, which they cannot do without."""
+    library = needed("transformers", "transformers", f"{folder}: a model of type {content['model_type']}", hub.INSTALL)
+    if content["model_type"] in library.CONFIG_MAPPING or importlib.util.find_spec("fla") is None:
+        return
+    from hgrn2_bench.ops import fla
+
+    fla.register_language_models()
+    if content["model_type"] in library.CONFIG_MAPPING and torch.device(device).type == "cpu":
+        kind = content["model_type"]
+        raise ConfigError(f"{folder}: fla's {kind} needs a GPU; of fla's models HGRN2 alone runs without one, on our ops")
+
+
+def _foreign(folder: Path, content: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A model of transformers, on the CPU. DataError, one line, where it has none of this kind or the files are damaged."""
+    library = needed("transformers", "transformers", f"{folder}: a model of type {content['model_type']}", hub.INSTALL)
+    if not any(folder.glob("*.safetensors")):
+        raise DataError(f"{folder} has no weights as safetensors, the one kind that cannot run code: convert them first")
+    try:
+        return library.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=dtype)
+    except Exception as error:  # a missing class, a field of another kind, a damaged file: each has a class of its own
+        raise DataError(f"{folder}: transformers cannot load it as a causal language model ({_line(error)})") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def reader_of(model: Any, tokenizer: Any, max_length: int = 0) -> Ours | Foreign:
+    """How a loaded model is read: at most `max_length` tokens, 0: as many as it says of itself.
+
+    Of ours that is the length of its training samples. ConfigError where its positions are in a table that has fewer.
+    """
+    if hasattr(model, "hidden"):
+        reader = Ours(model)
+        reader.max_length = max_length or reader.max_length
+        if reader.longest is not None and reader.max_length > reader.longest:
+            raise ConfigError(f"max_length={max_length}, but positions={model.config.positions} knows only {reader.longest}")
+        return reader
+    from lm_eval.models.utils import resolve_max_length
+
+    return Foreign(model, max_length or resolve_max_length(model.config, tokenizer))

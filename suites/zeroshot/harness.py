@@ -10,7 +10,7 @@ import json
 import lzma
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from hgrn2_bench.engine import SkippedError
 from hgrn2_bench.protocol import Metric
 from hgrn2_bench.trainer import DivergedError
 from suites.zeroshot.catalogue import TASKS
+from suites.zeroshot.network import no_code
 from suites.zeroshot.packaged import Loaded, Request, load
 from suites.zeroshot.quiet import compiled_once, quiet, seeded
 from suites.zeroshot.scores import FRACTION, Scored, docs_hash, group_score, measure
@@ -68,8 +69,9 @@ def evaluate(lm: Any, config: Asked, folder: Path | None, own: Path | None = Non
     ConfigError where a file is damaged; DivergedError where an answer has no finite probability.
     """
     loaded = load(Request(config.lm_task, own, config.fewshot, config.max_length), lm)
-    for name, reason in loaded.unavailable.items():
-        print(f"{config.lm_task}: {name} is left out: {reason}", file=sys.stderr)
+    if loaded.unavailable:
+        number, reason = len(loaded.unavailable), next(iter(loaded.unavailable.values()))
+        print(f"{config.lm_task}: {number} without data, left out: {_shortened(loaded.unavailable)} ({reason})", file=sys.stderr)
     _refuse_code(loaded)
     samples = _asked(lm, loaded, config.limit)
     told = _told(lm)
@@ -84,11 +86,17 @@ def evaluate(lm: Any, config: Asked, folder: Path | None, own: Path | None = Non
         _write_items(folder / ITEMS, samples, told["items"])
     return Outcome(
         metrics=_metrics(scored, loaded, config.weighting),
-        details=_details(scored, loaded, samples, told),
+        details=_details(scored, loaded, told),
         data_hash=docs_hash([each.docs for each in scored]),
         truncated=_items_of(told["items"], "truncated"),
         skipped=len(left_out),
     )
+
+
+def _shortened(names: Iterable[str]) -> str:
+    """The first names of many."""
+    listed = list(names)
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
 def _refuse_code(loaded: Loaded) -> None:
@@ -101,7 +109,7 @@ def _refuse_code(loaded: Loaded) -> None:
 def _asked(lm: Any, loaded: Loaded, limit: int) -> dict[str, list[dict[str, Any]]] | None:
     """lm-eval's records of each task's items, ordered by item; None in all processes but the first."""
     evaluator: Any = importlib.import_module("lm_eval.evaluator")
-    with quiet(), seeded(), compiled_once():
+    with quiet(), seeded(), compiled_once(), no_code():
         try:
             # without bootstrap, and without a cache of requests or answers, which would not know the model
             results = evaluator.evaluate(
@@ -195,10 +203,10 @@ def _group_metric(scored: Sequence[Scored], loaded: Loaded, weighting: str) -> M
     """A group's score; its card says which members are in it, so that a part of a group never stands beside the whole."""
     found = group_score(scored, weighting)
     absent = [*loaded.unavailable, *found.left_out]
-    counted = len(scored) - len(found.left_out)
+    members = len(scored) + len(loaded.unavailable)
     how = {"items": "every item alike (micro)", "tasks": "every member alike (macro)"}[weighting]
-    without = f", without {', '.join(absent)}" if absent else ""
-    card = {"metric": f"mean of {found.metric}", "weighting": how, "members": f"{counted}{without}"}
+    without = f" of {members}, without {_shortened(absent)} ({docs_hash(absent)})" if absent else ""
+    card = {"metric": f"mean of {found.metric}", "weighting": how, "members": f"{members - len(absent)}{without}"}
     for key in scored[0].facts:
         card[key] = ", ".join(sorted({each.facts[key] for each in scored}))
     first = next(each for each in scored if each.name not in found.left_out).score
@@ -206,7 +214,7 @@ def _group_metric(scored: Sequence[Scored], loaded: Loaded, weighting: str) -> M
     return Metric("test", "score", found.value, found.num_items, floors, first.unit, first.higher_is_better, card)
 
 
-def _details(scored: Sequence[Scored], loaded: Loaded, samples: Mapping[str, Sequence[Any]], told: Mapping[str, Any]) -> dict[str, Any]:
+def _details(scored: Sequence[Scored], loaded: Loaded, told: Mapping[str, Any]) -> dict[str, Any]:
     """What a row keeps beside its value: enough for a paired test of two models item by item."""
     errors = {task.name: {label: each.stderr for label, each in task.measures.items() if each.stderr is not None} for task in scored}
     right = {
@@ -222,7 +230,7 @@ def _details(scored: Sequence[Scored], loaded: Loaded, samples: Mapping[str, Seq
         "lm_eval": importlib.metadata.version("lm_eval"),
         "versions": {task.name: task.facts["task_version"] for task in scored},
         "sources": dict(loaded.sources),
-        "whole": {name: len(loaded.tasks[name].eval_docs) for name in samples},
+        "whole": dict(loaded.sizes),
         "unavailable": dict(loaded.unavailable),
         "doubts": list(loaded.doubts),
         "scoring": {**told, "items": listed},

@@ -1,13 +1,15 @@
-"""Whether the hub can be reached: asked once, so that a machine without a network does not wait for every task's retries."""
+"""What lm-eval may fetch: data where the hub answers, asked once so that nobody waits for every task's retries; never code."""
 
 import contextlib
 import functools
 import importlib
 import os
+import sys
+import types
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 ENDPOINT = "HF_ENDPOINT"
 WITHIN_S = 5.0
@@ -45,3 +47,25 @@ def reachable_only() -> Iterator[bool]:
     finally:
         for module, value in zip(modules, kept, strict=True):
             module.HF_HUB_OFFLINE = value
+
+
+@contextlib.contextmanager
+def no_code() -> Iterator[None]:
+    """Metrics of package evaluate are code from the hub: a task that loads one gets an error instead."""
+    name = "evaluate"
+    module: Any = sys.modules.get(name)
+    kept = module.load if module else None
+    if module is None:
+        module = sys.modules[name] = types.ModuleType(name)  # the real one takes seconds to import
+    module.load = _refuse
+    try:
+        yield
+    finally:
+        if kept is None:
+            sys.modules.pop(name, None)
+        else:
+            module.load = kept
+
+
+def _refuse(metric: str, *_: Any, **__: Any) -> NoReturn:
+    raise RuntimeError(f"its metric {metric} is code from the hub, and this suite runs none")

@@ -7,7 +7,9 @@ a group that a group itself defines, members that are classes of their own, and 
 import contextlib
 import importlib
 import json
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +21,19 @@ from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.files import SplitFiles, cache_folder, data_folder
 from suites.zeroshot import schemas
 from suites.zeroshot.catalogue import INSTALL, TASKS, config_of, members, packaged, scored_split
-from suites.zeroshot.network import reachable_only
+from suites.zeroshot.network import no_code, reachable_only
 from suites.zeroshot.places import locate, pick, wanted
 from suites.zeroshot.quiet import FEWSHOT_SEED, seeded, silent
 
 READER = "suites.zeroshot.packaged.local_rows"
 """`local_rows`, as a task's file names it."""
+PREFIX = "tasks-"
+LEFT_S = 24 * 3600
+"""Folders so old were left by processes that were killed."""
 DEFAULT_LENGTH = 4096
 """RULER's own, in tokens."""
+LEAST_LENGTH = 2048
+"""What lm-eval repeats in each of RULER's texts takes 500 tokens and more: in short ones it looks for room without end."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Loaded:
     """Members without data, and why."""
     sources: dict[str, str] = field(default_factory=dict)
     """Where the rows of each are from, in words."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Items of each, of which `limit` may take a part."""
     doubts: list[str] = field(default_factory=list)
 
 
@@ -63,7 +72,7 @@ def load(request: Request, lm: Any = None) -> Loaded:
     SkippedError, naming the files it wants, where no task has data; ConfigError where a file is damaged or there are two copies.
     """
     need_lm_eval()
-    with _scratch() as scratch, silent(), seeded(), reachable_only():
+    with _scratch() as scratch, silent(), seeded(), no_code(), reachable_only():
         if request.own is not None:
             found = _given(request, scratch)
         elif names := members(request.name):
@@ -72,7 +81,8 @@ def load(request: Request, lm: Any = None) -> Loaded:
             found = _whole(request)
         for name, task in found.tasks.items():
             _set_fewshot(name, task, request.fewshot)
-            if doubt := schemas.check_size(name, found.sources[name], len(task.eval_docs)) if request.own is None else "":
+            found.sizes[name] = len(task.eval_docs)
+            if doubt := schemas.check_size(name, found.sources[name], found.sizes[name]) if request.own is None else "":
                 found.doubts.append(doubt)
     return found
 
@@ -90,7 +100,10 @@ def _scratch() -> Iterator[Path]:
     """A folder in the cache that is gone afterwards."""
     parent = cache_folder("zeroshot")
     with locked(parent):
-        made = tempfile.TemporaryDirectory(dir=parent, prefix="tasks-")
+        for left in parent.glob(f"{PREFIX}*"):
+            if time.time() - left.stat().st_mtime > LEFT_S:
+                shutil.rmtree(left, ignore_errors=True)
+        made = tempfile.TemporaryDirectory(dir=parent, prefix=PREFIX)
     with made as folder:
         yield Path(folder)
 
@@ -138,6 +151,8 @@ def _known(request: Request, names: Sequence[str], lm: Any, scratch: Path) -> Lo
     except Exception as error:  # which of them it was, one tells by loading each alone
         alone = len(names) == 1
         unavailable = {name: reason for name in names if (reason := _reason(error) if alone else maker.fault(name))}
+        if wrong := [name for name in unavailable if name in local]:
+            raise ConfigError(f"{wrong[0]}: lm-eval cannot read {local[wrong[0]]}: {unavailable[wrong[0]]}") from None
         left = [name for name in names if name not in unavailable]
         if not left:
             raise SkippedError(_missing(names, unavailable, root)) from None
@@ -152,7 +167,7 @@ def _source(name: str) -> str:
 
 def _missing(names: Sequence[str], unavailable: Mapping[str, str], root: Path) -> str:
     """Why nothing can be run, and what is wanted."""
-    files = [wanted(name) for name in names if _source(name).startswith("down")]
+    files = [wanted(name) for name in names if _source(name).startswith("down") and scored_split(name)]
     shown = f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}" if files else ""
     remedy = f"no data in {root}: wanted {shown}; " if files else ""
     return f"{names[0] if len(names) == 1 else 'no member has data'}: {remedy}lm-eval's own way failed: {unavailable[names[0]]}"
@@ -282,11 +297,16 @@ def _metadata(names: Sequence[str], request: Request, lm: Any, scratch: Path) ->
     """What tasks that are drawn are told: a tokenizer, as a fresh folder (no code of a model's comes with it), and a length."""
     if not any(name in TASKS and TASKS[name].is_generated for name in names):
         return {}
+    length = request.max_length or DEFAULT_LENGTH
+    if length < LEAST_LENGTH:
+        raise SkippedError(
+            f"{request.name}: lm-eval draws RULER's texts of {LEAST_LENGTH:,} tokens and more, max_length={length} is too short"
+        )
     tokenizer: Any = getattr(lm, "tokenizer", None)
     if not hasattr(tokenizer, "save_pretrained"):
         raise SkippedError(f"{request.name} is drawn with the model's tokenizer, and this model has none that can be saved")
     tokenizer.save_pretrained(scratch / "tokenizer")
-    return {"tokenizer": str(scratch / "tokenizer"), "max_seq_lengths": [request.max_length or DEFAULT_LENGTH]}
+    return {"tokenizer": str(scratch / "tokenizer"), "max_seq_lengths": [length]}
 
 
 def _set_fewshot(name: str, task: Any, asked: int) -> None:

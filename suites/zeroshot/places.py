@@ -115,13 +115,16 @@ def content_hash(files: SplitFiles) -> str:
     return digest.hexdigest()[:16]
 
 
-@functools.cache
 def fingerprint_of(name: str) -> str:
     """What tells the local files of a task or group from any others; empty where it has none, and lm-eval would download.
 
     ConfigError where one has more than one copy.
     """
-    root = data_folder()
+    return _fingerprint(name, data_folder().absolute())
+
+
+@functools.cache
+def _fingerprint(name: str, root: Path) -> str:
     located = locate(root) if root.is_dir() else []
     there = {task: found for task in members(name) if (found := pick(located, root, task))} if located else {}
     each = [f"{task}:{content_hash(found)}" for task, found in there.items()]

@@ -26,16 +26,20 @@ def quiet() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in TALKERS]
     levels = [logger.level for logger in loggers]
     tasks: Any = importlib.import_module("lm_eval.api.task")
-    bar = tasks.tqdm
+    datasets: Any = importlib.import_module("datasets")
+    bar, has_bars = tasks.tqdm, datasets.are_progress_bars_disabled() is False
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     tasks.tqdm = _no_bar
+    datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=rf"({'|'.join(TALKERS)})(\.|$)")
             yield
     finally:
         tasks.tqdm = bar
+        if has_bars:
+            datasets.enable_progress_bars()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 

@@ -62,8 +62,11 @@ def _choices(value: Any, row: Row) -> str:
 
 def _answer(value: Any, row: Row) -> str:
     labels = row["choices"]["label"]
-    is_right = isinstance(value, str) and value.strip() in labels
-    return "" if is_right else f"one of the labels {', '.join(labels)}, as text"
+    return "" if isinstance(value, str) and value in labels else f"one of the labels {', '.join(labels)}, as text"
+
+
+def _answer_behind_blanks(value: Any, row: Row) -> str:
+    return _answer(value.lstrip() if isinstance(value, str) else value, row)
 
 
 FIELDS: Mapping[str, Mapping[str, Check]] = {
@@ -72,7 +75,7 @@ FIELDS: Mapping[str, Mapping[str, Check]] = {
     "winogrande": {"sentence": _with_blank, "option1": _text, "option2": _text, "answer": _one_of("1", "2")},
     "arc_easy": {"question": _text, "choices": _choices, "answerKey": _answer},
     "arc_challenge": {"question": _text, "choices": _choices, "answerKey": _answer},
-    "openbookqa": {"question_stem": _text, "choices": _choices, "answerKey": _answer},
+    "openbookqa": {"question_stem": _text, "choices": _choices, "answerKey": _answer_behind_blanks},
     "lambada_openai": {"text": _words},
     "boolq": {"passage": _text, "question": _text, "label": _index(2)},
     "sciq": {

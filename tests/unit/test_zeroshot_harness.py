@@ -106,9 +106,7 @@ def test_nothing_is_left_in_the_cache_and_the_user_s_is_not_touched(data, tmp_pa
 
 def test_examples_come_from_the_train_file_and_are_refused_without_it(data):
     write_lines(data / "arc_easy_test.jsonl", ARC)
-    with pytest.raises(
-        SkippedError, match=r"2 examples are drawn from its train split, which is not here: wanted arc_easy_train"
-    ):
+    with pytest.raises(SkippedError, match=r"2 examples are drawn from its train split, which is not here: wanted arc_easy_train"):
         ask("arc_easy", fewshot=2)
     write_lines(data / "arc_easy_train.jsonl", ARC)
     lm = Lengths()

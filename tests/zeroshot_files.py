@@ -149,3 +149,14 @@ def value(outcome: Any, name: str, split: str = "test") -> float:
 def bits_of(entry: dict) -> list[bool]:
     packed = np.frombuffer(base64.b64decode(entry["bits"]), np.uint8)
     return np.unpackbits(packed)[: entry["n"]].astype(bool).tolist()
+
+
+def write_own(folder: Path, sizes: tuple[int, int] = (10, 1000)) -> None:
+    """Two tasks in LAMBADA's schema, of which one is right on every second item and the other never, as a group `made`."""
+    folder.mkdir()
+    for name, size, words in zip(("small", "large"), sizes, (("ab", "abc"), ("ab", "abcd")), strict=True):
+        write_lines(folder / f"{name}.jsonl", [{"text": f"so {words[i % 2]}"} for i in range(size)])
+        content = {"include": str(catalogue.tasks_folder() / "lambada/lambada_openai.yaml"), "task": name}
+        content |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}}
+        (folder / f"{name}.yaml").write_text(json.dumps(content))
+    (folder / "made.yaml").write_text(json.dumps({"group": "made", "task": ["small", "large"]}))

@@ -57,7 +57,7 @@ class Outcome:
     data_hash: str
     """Over the items that were scored, in order."""
     truncated: int
-    """Items of which the model did not see the beginning."""
+    """Items that the model did not see whole."""
     skipped: int
     """Items that were left out, and are in no denominator."""
 
@@ -88,7 +88,7 @@ def evaluate(lm: Any, config: Asked, folder: Path | None, own: Path | None = Non
         metrics=_metrics(scored, loaded, config.weighting),
         details=_details(scored, loaded, told),
         data_hash=docs_hash([each.docs for each in scored]),
-        truncated=_items_of(told["items"], "truncated"),
+        truncated=_items_of(told["items"], ("truncated", "too_long")),
         skipped=len(left_out),
     )
 
@@ -133,9 +133,9 @@ def _told(lm: Any) -> dict[str, Any]:
     return {**own, "items": items}
 
 
-def _items_of(items: Mapping[str, Sequence[Mapping[str, Any]]], kind: str) -> int:
-    """Different items among requests of a kind."""
-    return len({(each["task"], each["doc"]) for each in items.get(kind, ())})
+def _items_of(items: Mapping[str, Sequence[Mapping[str, Any]]], kinds: Sequence[str]) -> int:
+    """Different items among requests of some kinds."""
+    return len({(each["task"], each["doc"]) for kind in kinds for each in items.get(kind, ())})
 
 
 def _scored(name: str, task: Any, items: Sequence[Mapping[str, Any]], told: Mapping[str, Any]) -> Scored:
@@ -151,8 +151,8 @@ def _scored(name: str, task: Any, items: Sequence[Mapping[str, Any]], told: Mapp
             label = metric if len(filters) == 1 else f"{metric}@{kind}"
             aggregate = task.aggregation().get(metric, mean)
             found = measure(label, values, aggregate, task.higher_is_better().get(metric, True))
-            if math.isnan(found.value):
-                raise DivergedError(f"{name}: {label} is not a number")
+            if not math.isfinite(found.value):
+                raise DivergedError(f"{name}: {label} is {found.value}")
             measures[label] = found
     once = [each for each in items if each["filter"] == filters[0]]
     facts = {"task_version": str(task.VERSION), "fewshot": str(task.get_config("num_fewshot") or 0)}

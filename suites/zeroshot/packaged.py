@@ -79,8 +79,12 @@ def load(request: Request, lm: Any = None) -> Loaded:
             found = _known(request, names, lm, scratch)
         else:
             found = _whole(request)
+        lacking = {name: fault for name, task in found.tasks.items() if (fault := _set_fewshot(name, task, request.fewshot))}
+        found.unavailable |= lacking
+        found.tasks = {name: task for name, task in found.tasks.items() if name not in lacking}
+        if not found.tasks:
+            raise SkippedError(next(iter(lacking.values())))
         for name, task in found.tasks.items():
-            _set_fewshot(name, task, request.fewshot)
             found.sizes[name] = len(task.eval_docs)
             if doubt := schemas.check_size(name, found.sources[name], found.sizes[name]) if request.own is None else "":
                 found.doubts.append(doubt)
@@ -182,29 +186,33 @@ class _Maker:
     local: Mapping[str, SplitFiles]
     metadata: Mapping[str, Any]
 
-    def load(self, names: Sequence[str]) -> dict[str, Any]:
-        """The objects of some tasks, as the group that was asked for sets them where it was a group."""
+    def load(self, names: Sequence[str], alone: bool = False) -> dict[str, Any]:
+        """The objects of some tasks, set as the group that was asked for sets its members, unless they are loaded `alone`."""
         if len(names) == 1 and names[0] in self.local and "class" in config_of(names[0]):
             return {names[0]: _local_class(names[0], self.local[names[0]])}
         folder = Path(tempfile.mkdtemp(dir=_made(self.folder)))
         for name in names:
             _write(folder, name, _local_keys(name, self.local[name]) if name in self.local else {})
-        is_file = self.name in packaged().heads and packaged().heads[self.name].is_group
-        if is_file and self.name not in names:
+        in_group = not alone and _is_group(self.name)
+        if in_group:
             _write_groups(folder, self.name, frozenset(names))
-        asked = [self.name] if is_file and len(names) > 1 else list(names)
-        loaded: dict[str, Any] = _manager([folder], self.metadata).load(asked)["tasks"]
+        loaded: dict[str, Any] = _manager([folder], self.metadata).load([self.name] if in_group else list(names))["tasks"]
         return loaded
 
     def fault(self, name: str) -> str:
         """Why a task cannot be loaded; empty where it can."""
         try:
-            self.load([name])
+            self.load([name], alone=True)
         except ConfigError:
             raise
         except Exception as error:
             return _reason(error)
         return ""
+
+
+def _is_group(name: str) -> bool:
+    """Whether a file of lm-eval's is a group of this name."""
+    return name in packaged().heads and packaged().heads[name].is_group
 
 
 def _made(folder: Path) -> Path:
@@ -232,7 +240,7 @@ def _write_groups(folder: Path, name: str, kept: frozenset[str]) -> None:
     _write(folder, name, {"task": list(_kept(listed, kept))})
     for entry in listed:
         inner = entry if isinstance(entry, str) else entry.get("group", "")
-        if inner in packaged().heads and packaged().heads[inner].is_group and kept & set(members(inner)):
+        if _is_group(inner) and kept & set(members(inner)):
             _write_groups(folder, inner, kept)
 
 
@@ -309,20 +317,18 @@ def _metadata(names: Sequence[str], request: Request, lm: Any, scratch: Path) ->
     return {"tokenizer": str(scratch / "tokenizer"), "max_seq_lengths": [length]}
 
 
-def _set_fewshot(name: str, task: Any, asked: int) -> None:
-    """Give a task its number of examples by lm-eval's rule: one that is fixed at 0 stays so. SkippedError where they have no rows."""
+def _set_fewshot(name: str, task: Any, asked: int) -> str:
+    """Give a task its number of examples by lm-eval's rule: one that is fixed at 0 stays so; what is missing for them, in words."""
     own = task.get_config("num_fewshot")
     shots = own or 0 if asked < 0 or own == 0 else asked
     task.set_config(key="num_fewshot", value=shots)
     task.set_fewshot_seed(seed=FEWSHOT_SEED)
     if not shots or task.get_config("dataset_path") != "local":
-        return
-    config = config_of(name)
-    split = config.get("fewshot_split") or config.get("training_split")
-    if split and split not in task.dataset:
-        raise SkippedError(
-            f"{name}: its {shots} examples are drawn from its {split} split, which is not here: wanted {wanted(name, split)}"
-        )
+        return ""
+    split = config_of(name).get("fewshot_split") or config_of(name).get("training_split")
+    if not split or split in task.dataset:
+        return ""
+    return f"{name}: its {shots} examples are drawn from its {split} split, which is not here: wanted {wanted(name, split)}"
 
 
 def _reason(error: Exception) -> str:

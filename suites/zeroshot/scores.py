@@ -92,7 +92,7 @@ def stderr(kind: str, values: Sequence[Any], value: float) -> float | None:
 
     A mean: s / sqrt(n). exp of a mean, of a ratio of sums, and the ratio itself: the same through the derivative (delta method).
     """
-    if len(values) < 2:
+    if len(values) < 2 or not math.isfinite(value):
         return None
     if kind in ("mean", "nanmean"):
         return _of_mean(np.asarray(values, np.float64))

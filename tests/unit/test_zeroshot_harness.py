@@ -7,14 +7,13 @@ import math
 import os
 import random
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import zeroshot_files as made
-from zeroshot_files import ARC, HELLASWAG, LAMBADA, PIQA, ROWS, WINOGRANDE, Lengths, ask, bits_of, harness, value, write_lines
+from zeroshot_files import ARC, HELLASWAG, LAMBADA, PIQA, ROWS, WINOGRANDE, Lengths, ask, bits_of, harness, value, write_lines, write_own
 
 from hgrn2_bench.engine import SkippedError
 from hgrn2_bench.errors import ConfigError
@@ -123,6 +122,15 @@ def test_a_task_of_lm_eval_that_is_not_known_here_reads_local_files_too(data):
     assert outcome.metrics[0].floors == {"chance": 0.25}
 
 
+def test_a_group_sets_its_members_as_in_lm_eval_though_only_one_is_left(data):
+    write_lines(data / "arc_challenge_test.jsonl", ARC)
+    write_lines(data / "arc_challenge_train.jsonl", ARC * 9)
+    lm = Lengths()
+    outcome = ask("openllm", lm)  # which asks arc_challenge with 25 examples
+    assert lm.asked[0][0].count("Question:") == 26
+    assert outcome.metrics[0].card["members"].startswith(f"1 of {len(catalogue.members('openllm'))}, without")
+
+
 def test_a_task_without_data_is_skipped_with_the_files_it_wants():
     with pytest.raises(
         SkippedError, match=r"hellaswag: no data in .*: wanted hellaswag_validation.jsonl \(ctx_a, .*lm-eval's own way failed"
@@ -194,17 +202,6 @@ def test_no_network_is_found_out_once_and_leaves_the_libraries_as_they_were(monk
 
 
 # scores
-
-
-def write_own(folder: Path, sizes: tuple[int, int] = (10, 1000)) -> None:
-    """Two tasks in LAMBADA's schema, of which one is right on every second item and the other never, as a group `made`."""
-    folder.mkdir()
-    for name, size, words in zip(("small", "large"), sizes, (("ab", "abc"), ("ab", "abcd")), strict=True):
-        write_lines(folder / f"{name}.jsonl", [{"text": f"so {words[i % 2]}"} for i in range(size)])
-        content = {"include": str(catalogue.tasks_folder() / "lambada/lambada_openai.yaml"), "task": name}
-        content |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}}}
-        (folder / f"{name}.yaml").write_text(json.dumps(content))
-    (folder / "made.yaml").write_text(json.dumps({"group": "made", "task": ["small", "large"]}))
 
 
 @pytest.mark.parametrize(
@@ -328,11 +325,13 @@ def test_truncated_items_are_counted_and_listed(data, tmp_path):
     write_lines(data / "piqa_validation.jsonl", PIQA)
     lm = Lengths()
     lm.told_items = {"truncated": [{"task": "piqa", "doc": 4, "choice": choice, "tokens": 99} for choice in (0, 1)]}
+    lm.told_items |= {"too_long": [{"task": "piqa", "doc": doc, "choice": 1, "tokens": 99} for doc in (4, 7)]}
     outcome = ask("piqa", lm, folder=tmp_path)
-    assert (outcome.truncated, outcome.skipped) == (1, 0)
+    assert (outcome.truncated, outcome.skipped) == (2, 0)
     assert outcome.details["scoring"]["items"]["truncated"][0] == {"task": "piqa", "doc": 4, "choice": 0, "tokens": 99}
     with lzma.open(tmp_path / harness.ITEMS, "rt") as file:
-        assert [record["doc_id"] for record in map(json.loads, file) if record.get("noted") == ["truncated"]] == [4]
+        noted = {record["doc_id"]: record["noted"] for record in map(json.loads, file) if "noted" in record}
+    assert noted == {4: ["too_long", "truncated"], 7: ["too_long"]}
 
 
 def test_items_that_are_left_out_are_in_no_denominator(data):
@@ -354,7 +353,7 @@ def test_items_that_are_left_out_are_in_no_denominator(data):
 
 def test_answers_that_are_no_numbers_are_divergence(data):
     write_lines(data / "lambada_openai_test.jsonl", LAMBADA)
-    for nats, words in ((math.nan, "perplexity is not a number"), (-1e6, "too large to be a number")):
+    for nats, words in ((math.nan, "perplexity is nan"), (-math.inf, "perplexity is inf"), (-1e6, "too large to be a number")):
 
         class Odd(Lengths):
             nats: float

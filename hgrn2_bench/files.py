@@ -7,10 +7,11 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.errors import ConfigError, DataError
 
 Place = TypeVar("Place")
 """One copy of some data; as text its folder and layout."""
@@ -22,6 +23,27 @@ MOST_FILES = 1000
 """Of a folder of more files, so many count, spread evenly."""
 MAX_DEPTH = 4
 """Folders below the given one that are searched: lra_release/lra_release/pathfinder/pathfinder32."""
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """One copy of some data: the files of each of its splits, in one folder."""
+
+    what: str
+    layout: str
+    """In words: `parquet`, `json lines`."""
+    folder: Path
+    files: Mapping[str, tuple[Path, ...]]
+
+    def __str__(self) -> str:
+        """`DIR (parquet)`."""
+        return f"{self.folder} ({self.layout})"
+
+    def of(self, split: str) -> tuple[Path, ...]:
+        """The files of a split. DataError where it is missing."""
+        if not self.files.get(split):
+            raise DataError(f"{self}: no {split} split of {self.what}; here: {', '.join(sorted(self.files))}")
+        return self.files[split]
 
 
 def data_folder() -> Path:

@@ -58,6 +58,12 @@ def has_column(footer: bytes, column: str) -> bool:
     return bytes([len(column)]) + column.encode() in footer  # a name stands behind its length
 
 
+def parquet_objects(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows with all their columns. DataError names the file."""
+    columns = needed("pyarrow.parquet", "pyarrow", f"{path}: parquet").read_schema(path).names if parquet_footer(path) else ()
+    return (dict(zip(columns, row, strict=True)) for row in parquet_rows(path, columns))
+
+
 def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Rows of some columns; of each sequence of names (`img|image`) the first that is there. DataError names file and column."""
     parquet = needed("pyarrow.parquet", "pyarrow", f"{path}: parquet")
@@ -76,16 +82,23 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]
 
 def json_rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, tuple[Any, ...]]]:
     """Line numbers from 1 and the values of some keys, of a `.jsonl` or `.jsonl.gz` file. DataError names file and line."""
+    return ((number, tuple(item[key] for key in keys)) for number, item in json_objects(path, keys))
+
+
+def json_objects(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers from 1 and the objects of such a file, each with some keys at least. DataError names file and line."""
     number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 item = json.loads(line)
-                yield number, tuple(item[key] for key in keys)
+                if not isinstance(item, dict) or not item.keys() >= set(keys):
+                    raise ValueError
+                yield number, item
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise DataError(f"{path}: cut short or damaged after line {number}: copy it again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError):  # no JSON, not UTF-8, no such key, no object
-        wanted = " and ".join(f'"{key}"' for key in keys)
-        raise DataError(f"{path}:{number}: expected one JSON object with {wanted}") from None
+    except ValueError:  # no JSON, not UTF-8, no such key, no object
+        wanted = " with " * bool(keys) + " and ".join(f'"{key}"' for key in keys)
+        raise DataError(f"{path}:{number}: expected one JSON object{wanted}") from None

@@ -69,6 +69,8 @@ class Settings:
     fewshot: int = -1
     max_length: int = 0
     weighting: str = "items"
+    bos: str = "auto"
+    truncation: str = "left"
 
 
 class Lengths(lm_eval_model.LM):

@@ -45,6 +45,10 @@ class Asked(Protocol):
     def max_length(self) -> int: ...  # noqa: D102
     @property
     def weighting(self) -> str: ...  # noqa: D102
+    @property
+    def bos(self) -> str: ...  # noqa: D102
+    @property
+    def truncation(self) -> str: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,12 @@ def evaluate(lm: Any, config: Asked, folder: Path | None, own: Path | None = Non
     kept = {name: [each for each in items if (name, each["doc_id"]) not in left_out] for name, items in samples.items()}
     if empty := [name for name, items in kept.items() if not items]:
         raise SkippedError(f"{', '.join(empty)}: every item is longer than the model reads, and truncation=skip leaves it out")
-    scored = [_scored(name, loaded.tasks[name], items, told) for name, items in kept.items()]
+    scored = [_scored(name, loaded.tasks[name], items, config) for name, items in kept.items()]
     if folder is not None:
         _write_items(folder / ITEMS, samples, told["items"])
     return Outcome(
         metrics=_metrics(scored, loaded, config.weighting),
-        details=_details(scored, loaded, told),
+        details=_details(scored, loaded, told, config.weighting),
         data_hash=docs_hash([each.docs for each in scored]),
         truncated=_items_of(told["items"], ("truncated", "too_long")),
         skipped=len(left_out),
@@ -138,8 +142,11 @@ def _items_of(items: Mapping[str, Sequence[Mapping[str, Any]]], kinds: Sequence[
     return len({(each["task"], each["doc"]) for kind in kinds for each in items.get(kind, ())})
 
 
-def _scored(name: str, task: Any, items: Sequence[Mapping[str, Any]], told: Mapping[str, Any]) -> Scored:
-    """A task's metrics over its items, by the functions that lm-eval has for them."""
+def _scored(name: str, task: Any, items: Sequence[Mapping[str, Any]], config: Asked) -> Scored:
+    """A task's metrics over its items, by the functions that lm-eval has for them.
+
+    What is told of them holds for every model, whichever token its tokenizer begins a text with: models share a table by it.
+    """
     filters = list(dict.fromkeys(each["filter"] for each in items))
     measures = {}
     for kind in filters:
@@ -156,7 +163,7 @@ def _scored(name: str, task: Any, items: Sequence[Mapping[str, Any]], told: Mapp
             measures[label] = found
     once = [each for each in items if each["filter"] == filters[0]]
     facts = {"task_version": str(task.VERSION), "fewshot": str(task.get_config("num_fewshot") or 0)}
-    facts |= {key: str(told[key]) for key in ("bos", "truncation") if key in told}
+    facts |= {"bos": config.bos, "truncation": config.truncation}
     return Scored(
         name, measures, _primary(name, measures), len(once), docs_hash([each["doc_hash"] for each in once]), _chance(task, once), facts
     )
@@ -214,8 +221,9 @@ def _group_metric(scored: Sequence[Scored], loaded: Loaded, weighting: str) -> M
     return Metric("test", "score", found.value, found.num_items, floors, first.unit, first.higher_is_better, card)
 
 
-def _details(scored: Sequence[Scored], loaded: Loaded, told: Mapping[str, Any]) -> dict[str, Any]:
+def _details(scored: Sequence[Scored], loaded: Loaded, told: Mapping[str, Any], weighting: str) -> dict[str, Any]:
     """What a row keeps beside its value: enough for a paired test of two models item by item."""
+    left_out = group_score(scored, weighting).left_out
     errors = {task.name: {label: each.stderr for label, each in task.measures.items() if each.stderr is not None} for task in scored}
     right = {
         task.name: {
@@ -225,6 +233,7 @@ def _details(scored: Sequence[Scored], loaded: Loaded, told: Mapping[str, Any]) 
     }
     listed = {kind: list(items)[:LISTED] for kind, items in told["items"].items()}
     return {
+        "scored": {task.name: task.primary for task in scored if task.name not in left_out},
         "stderr": errors,
         "items": right,
         "lm_eval": importlib.metadata.version("lm_eval"),

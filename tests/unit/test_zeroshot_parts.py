@@ -115,6 +115,7 @@ if found is not None:
     samples = found["samples"]["sums"]
     answers = [[s["doc_id"], s["filtered_resps"][0][0]] for s in samples]
     print(json.dumps([bench.world_size, found["n-samples"]["sums"], sorted(answers), found["results"]["sums"]["acc,none"]]))
+bench.barrier()  # the first process serves the others until all are done
 """
 TASK = """
 task: sums

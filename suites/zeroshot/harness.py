@@ -28,6 +28,8 @@ ITEMS = "items.jsonl.xz"
 """In the cell's folder: what the model answered to each item."""
 LISTED = 50
 """Of the items that were not scored as they stand, so many are named in the row; all of them in ITEMS."""
+UNSCORED = ("skipped", "too_long")
+"""What leaves an item out: truncation=skip, and an answer that alone is longer than all that the model reads."""
 ABSENT = -1.0
 """RULER's score of an item under another length than its own."""
 
@@ -81,10 +83,10 @@ def evaluate(lm: Any, config: Asked, folder: Path | None, own: Path | None = Non
     told = _told(lm)
     if samples is None:
         return Outcome([], {}, "", 0, 0)
-    left_out = {(each["task"], each["doc"]) for each in told["items"].get("skipped", ())}
+    left_out = {(each["task"], each["doc"]) for kind in UNSCORED for each in told["items"].get(kind, ())}
     kept = {name: [each for each in items if (name, each["doc_id"]) not in left_out] for name, items in samples.items()}
     if empty := [name for name, items in kept.items() if not items]:
-        raise SkippedError(f"{', '.join(empty)}: every item is longer than the model reads, and truncation=skip leaves it out")
+        raise SkippedError(f"{', '.join(empty)}: every item is longer than the model reads, and so left out")
     scored = [_scored(name, loaded.tasks[name], items, config) for name, items in kept.items()]
     if folder is not None:
         _write_items(folder / ITEMS, samples, told["items"])
@@ -92,7 +94,7 @@ def evaluate(lm: Any, config: Asked, folder: Path | None, own: Path | None = Non
         metrics=_metrics(scored, loaded, config.weighting),
         details=_details(scored, loaded, told, config.weighting),
         data_hash=docs_hash([each.docs for each in scored]),
-        truncated=_items_of(told["items"], ("truncated", "too_long")),
+        truncated=len({(each["task"], each["doc"]) for each in told["items"].get("truncated", ())} - left_out),
         skipped=len(left_out),
     )
 
@@ -135,11 +137,6 @@ def _told(lm: Any) -> dict[str, Any]:
         for kind, those in each.get("items", {}).items():
             items.setdefault(kind, []).extend(those)
     return {**own, "items": items}
-
-
-def _items_of(items: Mapping[str, Sequence[Mapping[str, Any]]], kinds: Sequence[str]) -> int:
-    """Different items among requests of some kinds."""
-    return len({(each["task"], each["doc"]) for kind in kinds for each in items.get(kind, ())})
 
 
 def _scored(name: str, task: Any, items: Sequence[Mapping[str, Any]], config: Asked) -> Scored:

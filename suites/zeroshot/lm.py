@@ -8,6 +8,7 @@ of white space) there is an answer, and the case is counted.
 import contextlib
 import logging
 import math
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,7 @@ from suites.zeroshot.scoring import CERTAIN, IMPOSSIBLE, Pair, Score, Scorer, fi
 from suites.zeroshot.store import Store, key_of
 
 logger = logging.getLogger("hgrn2_bench.zeroshot")
+tqdm.set_lock(threading.RLock())  # its usual lock is one between processes, which a worker leaves behind when it is ended
 SKIPPED = Score(math.nan, False)
 """Of a request that is left out: lm-eval cannot leave one out, so its means become NaN, or count it as wrong; suite zeroshot drops it."""
 
@@ -38,19 +40,27 @@ class BenchLM(TemplateLM):
     """A causal language model of a folder, of the hub, or one in memory, as lm-eval asks it."""
 
     def __init__(
-        self, pretrained: str | Path = "", *, model: Any = None, tokenizer: Any = None, store: str | Path | None = None, **words: Any
+        self,
+        pretrained: str | Path = "",
+        *,
+        model: Any = None,
+        tokenizer: Any = None,
+        own: bool = True,
+        store: str | Path | None = None,
+        **words: Any,
     ) -> None:
         """`pretrained` names a folder or a model of the hub; or `model` and `tokenizer` are given, and `words` are those of `Options`.
 
-        Weights of a folder get the type `dtype`; a model in memory keeps its own and computes under an autocast to it. ConfigError or
-        DataError, one line, where something cannot be loaded or run.
+        Weights of a folder get the type `dtype`; a model in memory keeps its own and computes under an autocast to it. One that was trained
+        here (`own`; a folder says so itself) always had the token that begins a text before it, of others the tokenizer decides.
+        ConfigError or DataError, one line, where something cannot be loaded or run.
         """
         super().__init__()
         self.options = Options.of(words)
         if bool(pretrained) == (model is not None):
             raise ConfigError("give pretrained=DIR, a folder or a name on the Hugging Face hub")
         self.ranks = Ranks()
-        identity, own, self._autocast = "", True, None
+        identity, self._autocast = "", None
         if model is None:
             self._device = torch.device(self.options.device or self.ranks.device)
             own, identity = loading.is_own_folder(pretrained), identity_of(hub.folder_of(str(pretrained)))

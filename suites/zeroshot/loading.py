@@ -6,6 +6,8 @@ without code from the folder.
 """
 
 import importlib.util
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from hgrn2_bench import checkpoints, hub, registry, trained, weights
 from hgrn2_bench.backends import resolve_backend
 from hgrn2_bench.errors import ConfigError, DataError, unknown
 from hgrn2_bench.rows import needed
+from hgrn2_bench.text_tokenizers import FILES, tokenizer_files_of
 from suites.zeroshot.reading import Foreign, Ours
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -73,15 +76,27 @@ def dtype_of(content: dict[str, Any], name: str, device: str) -> torch.dtype:
 
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer of a folder. DataError, one line, where there is none or it is damaged."""
-    library = needed("transformers", "transformers", f"{folder}: its tokenizer", hub.INSTALL)
+    library, content = needed("transformers", "transformers", f"{folder}: its tokenizer", hub.INSTALL), weights.read_config(folder)
+    if is_own(content) and not (folder / FILES[0]).is_file() and tokenizer_files_of(card := trained.read_card(folder).tokenizer):
+        return tokenizer_of_card(card)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
         raise DataError(f"{folder} has no tokenizer (tokenizer.json): copy the one that the model was trained with there")
     try:
-        if (folder / "tokenizer.json").is_file() and "model_type" not in weights.read_config(folder):
+        if is_own(content):
             return library.PreTrainedTokenizerFast.from_pretrained(folder)
         return library.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the libraries have no narrower one
         raise DataError(f"{folder}: its tokenizer cannot be read ({_line(error)}): copy its files again") from None
+
+
+def tokenizer_of_card(card: Mapping[str, str]) -> Any:
+    """The tokenizer that the card of a corpus tells, as transformers takes one."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    whole, config = (tokenizer_files_of(card)[name] for name in FILES)
+    told = {key: value for key, value in json.loads(config).items() if key != "tokenizer_class"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(whole), **told)
 
 
 def _check_foreign(folder: Path, content: dict[str, Any], device: str) -> None:

@@ -44,7 +44,7 @@ TEST = Preset(
 )
 
 SMOKE = Preset(
-    summary="without data: models that learn a source with facts in place, 400 steps on a CPU, and five tasks that ask for the facts",
+    summary="without data: models that learn a source with facts in place, 600 steps on a CPU, and five tasks that ask for the facts",
     source="ours: as preset smoke of suite wikitext, with shorter documents",
     words=(
         "model=hgrn2,attention",
@@ -57,7 +57,7 @@ SMOKE = Preset(
         "num_layers=2",
         "hgrn2.expand_ratio=64",
         "batch_size=32",
-        "train_tokens=819_200",
+        "train_tokens=1_228_800",
     ),
     tasks={GROUP: ()},
 )

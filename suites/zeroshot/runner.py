@@ -4,9 +4,8 @@ Shape letters: B blocks of a batch, T tokens of a block.
 """
 
 import functools
-import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,10 @@ from hgrn2_bench.language import LanguageModel
 from hgrn2_bench.markov_recipe import Recipe
 from hgrn2_bench.plan import Cell
 from hgrn2_bench.protocol import Metric
-from hgrn2_bench.text_tokenizers import FILES, tokenizer_files_of
 from hgrn2_bench.trained import Trained
 from hgrn2_bench.trainer import DivergedError
 from suites.zeroshot import facts, loading
 from suites.zeroshot.catalogue import tasks_folder
-from suites.zeroshot.encoding import Encoder
 from suites.zeroshot.harness import Outcome, evaluate
 from suites.zeroshot.lm import BenchLM
 from suites.zeroshot.settings import SMOKE, ZeroshotConfig
@@ -110,10 +107,12 @@ class Runner(BlockTask):
 
     def _lm(self, model: Any, store: Path | None) -> BenchLM:
         """The model as lm-eval takes it; of others than ours the tokenizer decides what begins a text, as under lm-eval's `hf` model."""
-        cell, config, tokenizer = self.cell, self.config, self._tokenizer()
-        lm = BenchLM(
+        cell, config = self.cell, self.config
+        found = registry.model(cell.model_ref).trained
+        return BenchLM(
             model=model,
-            tokenizer=tokenizer,
+            tokenizer=loading.tokenizer_of(found.folder) if found else loading.tokenizer_of_card(self.card),
+            own=found is None or loading.is_own_folder(found.folder),
             batch_size=cell.train.eval_batch_size,
             device=cell.device,
             dtype="auto" if cell.checkpoint else cell.dtype,
@@ -124,18 +123,6 @@ class Runner(BlockTask):
             store=store,
             check=config.check,
         )
-        found = registry.model(cell.model_ref).trained
-        if found and not loading.is_own_folder(found.folder):
-            lm.encoder = Encoder(tokenizer, config.bos)
-        return lm
-
-    def _tokenizer(self) -> Any:
-        """That of the folder, or that of the source."""
-        found = registry.model(self.cell.model_ref).trained
-        if found is None:
-            return tokenizer_of(self.card)
-        known = tokenizer_files_of(found.card.tokenizer) and not (found.folder / FILES[0]).exists()
-        return tokenizer_of(found.card.tokenizer) if known else loading.tokenizer_of(found.folder)
 
     def _perplexity(self, model: LanguageModel) -> Metric:
         """Of the validation text, in whole blocks."""
@@ -150,16 +137,6 @@ def loaded(found: Trained, cell: Cell) -> Any:
     if found.foreign:
         return loading.load(found.folder, "auto", "cpu", cell.dtype)[0]
     return checkpoints.load(found.folder, cell.backend).to(getattr(torch, cell.dtype))
-
-
-def tokenizer_of(card: Mapping[str, str]) -> Any:
-    """The tokenizer that a corpus's card tells, as transformers takes one."""
-    import tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    whole, config = (tokenizer_files_of(card)[name] for name in FILES)
-    told = {key: value for key, value in json.loads(config).items() if key != "tokenizer_class"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer.from_str(whole), **told)
 
 
 def mean_nats(model: LanguageModel, text: Text, block: int) -> float:

@@ -122,4 +122,5 @@ def result(rows: list[Row]) -> str:
         return "failed without a row"
     if row.status != "ok" or row.value is None:
         return f"{row.status} ({row.reason})"
-    return f"{row.metric} {row.value:.3f} after {row.steps} steps in {duration(row.wall_s)}"
+    trained = f"after {row.steps} steps " * bool(row.steps)
+    return f"{row.metric} {row.value:.3f} {trained}in {duration(row.wall_s)}"

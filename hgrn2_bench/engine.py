@@ -255,10 +255,11 @@ def _train_and_measure(
         return _measure(cell, model, runner, facts)
     further = {} if cell.checkpoint else _train(cell, model, folder, facts, report, stop)
     model.eval()
-    facts.weights_hash = measure.weights_hash(model)
+    facts.weights_hash, began = measure.weights_hash(model), time.perf_counter()
     metrics = list(runner.report(model))
     facts.details = plain(runner.details(model)) if hasattr(runner, "details") else {}
     if cell.checkpoint:
+        facts.progress.train_s = time.perf_counter() - began
         _note_trained(cell, found, facts)
     elif registry.protocol(cell.suite).saves_weights:
         _save_weights(cell, model, folder, facts)

@@ -208,6 +208,7 @@ class ForgetGate(nn.Module):
     def __init__(self, spec: MixerSpec, projection_bias: bool) -> None:
         super().__init__()
         self.spec = spec
+        self.layer = spec.layer  # a plain number of the module's own: the compiler takes those for variables, so that layers share code
         own = spec.forget_bias != 0 and (spec.conv > 0 or not projection_bias)
         self.bias = nn.Parameter(torch.zeros(spec.d_model)) if own else None
 
@@ -221,7 +222,7 @@ class ForgetGate(nn.Module):
         bound_LD = ctx.shared.get("lower_bound")
         if bound_LD is None:
             return forget_gate(logit_BTD, None)
-        bound_D, repeats = bound_LD[self.spec.layer], self.spec.d_model // bound_LD.shape[1]
+        bound_D, repeats = bound_LD[self.layer], self.spec.d_model // bound_LD.shape[1]
         return forget_gate(logit_BTD, bound_D.repeat(repeats) if repeats > 1 else bound_D)
 
     @torch.no_grad()

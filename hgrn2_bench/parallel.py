@@ -5,6 +5,7 @@ processes, spread in either way.
 """
 
 import copy
+import importlib
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -103,9 +104,17 @@ def trained(model: nn.Module, batch_loss: Loss, config: TrainConfig, device: str
     kinds = {"ddp": Replicated, "fsdp": Sharded}
     made = (kinds[config.parallel] if distributed.current().size > 1 else Trained)(model, batch_loss, device)
     if config.compile_blocks:
-        for block in blocks(made.model):
-            block.compile()
+        _compile(blocks(made.model))
     return made
+
+
+def _compile(parts: list[nn.Module]) -> None:
+    """Compile blocks one by one, those that differ in their layer's number alone into one code; none is left eager as one too many."""
+    compiler: Any = importlib.import_module("torch._dynamo").config
+    compiler.allow_unspec_int_on_nn_module = True
+    compiler.recompile_limit = max(compiler.recompile_limit, 4 * len(parts))
+    for part in parts:
+        part.compile()
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from hgrn2_bench import engine
+from hgrn2_bench import engine, parallel, registry
 from hgrn2_bench import trainer as trainer_module
 from hgrn2_bench.cells import CellFolder
-from hgrn2_bench.config import TrainConfig
+from hgrn2_bench.config import ModelConfig, TrainConfig
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Mixer
+from hgrn2_bench.language import LanguageModel
 from hgrn2_bench.plan import make_plan
 from hgrn2_bench.steps import Steps
 from hgrn2_bench.trainer import DivergedError, InterruptedTrainingError, Trainer, learning_rate, make_optimizer
@@ -416,7 +417,10 @@ def test_lengths_and_optimisers_that_cannot_be_are_refused(words, message):
         TrainConfig(**words)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # the tracer looks at it
+TRACER = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # it looks at it
+
+
+@TRACER
 def test_compiled_blocks_train_as_eager_ones(tmp_path, monkeypatch):
     """Traced and run as traced: torch's code generator takes half a minute here."""
     compile_it = nn.Module.compile
@@ -433,6 +437,25 @@ def test_compiled_blocks_train_as_eager_ones(tmp_path, monkeypatch):
         losses[compiled] = [record["loss"] for record in records(made) if "loss" in record]
     assert [type(each).__name__ for each in asked] == ["Block"]
     assert losses["true"] == pytest.approx(losses["false"], rel=1e-5)
+
+
+@TRACER
+def test_blocks_that_differ_in_their_layer_alone_are_compiled_once(monkeypatch):
+    """Twelve layers: the compiler's usual limit of eight would leave four of them eager, and each of eight would be compiled anew."""
+    compile_it = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_it(self, backend="eager"))
+    config = ModelConfig(d_model=16, num_layers=12, lower_bound="inclusive", channel_mixer="glu")
+    model = LanguageModel(config, registry.load("hgrn2"), {"expand_ratio": 8}, "chunked", 20, 16)
+    tokens = torch.randint(20, (2, 16), generator=torch.Generator().manual_seed(0))
+    expected = model.loss(tokens, tokens)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found = parallel.trained(model, lambda model, batch: model.loss(*batch), TrainConfig(compile_blocks=True), "cpu")
+    for _ in range(2):
+        assert found.loss(found.model, (tokens, tokens)).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8
+    assert not torch._dynamo.utils.counters["unimplemented"]
+    torch._dynamo.reset()
 
 
 def test_a_model_without_blocks_cannot_be_compiled_by_them(folder):

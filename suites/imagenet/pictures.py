@@ -134,7 +134,7 @@ def load(config: ImagenetConfig) -> Pictures:
 def _resident(config: ImagenetConfig, place: Place) -> tuple[dict[str, PictureSplit], tuple[str, ...]]:
     whole = {}
     for name in ("train", "test"):
-        found = resident.read_pixels(config.dataset, place, name, skip=config.policy == "skip")
+        found = resident.read_pixels(place, name, skip=config.policy == "skip")
         if found.empty and config.policy == "error":
             raise DataError(f"{found.empty[0]}: {resident.EMPTY}; copy it again, or leave it out with policy=skip")
         skipped = {reason: len(those) for reason, those in ((resident.EMPTY, found.empty), (DAMAGED, found.damaged)) if those}

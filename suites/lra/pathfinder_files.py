@@ -59,7 +59,7 @@ def read_pathfinder(place: Place, options: PathfinderOptions) -> dict[str, Split
     if not held_out:
         raise DataError(f"{folder}: {len(lines)} images, too few to keep {options.held_out:g} of them for validation")
     parts = random_parts((len(lines) - 2 * held_out, held_out, held_out), options.seed)
-    size = RESOLUTIONS[place.task]
+    size = RESOLUTIONS[place.what]
     _refuse_foreign(folder, lines, size)
     splits = {}
     for split, part in zip(("train", "val", "test"), parts, strict=True):

@@ -30,16 +30,16 @@ def read_lines(place: Place, split: str) -> Iterator[Batch]:
 
     A row of a table and a review are a document: its lines, with one end of line after the last.
     """
-    if place.dataset == "imdb":
+    if place.what == "imdb":
         yield from _batches(_reviews(place, split))
         return
     for path in place.of(split):
         if not path.stat().st_size:
             raise DataError(f"{path}: empty: copy it again")
         if place.layout == "lines":
-            yield from _file_lines(path, is_wikitext=place.dataset != "text")
+            yield from _file_lines(path, is_wikitext=place.what != "text")
         else:
-            yield from _batches(_documents(path, place.layout, blank=" \n" if place.dataset == "wikitext103" else "\n"))
+            yield from _batches(_documents(path, place.layout, blank=" \n" if place.what == "wikitext103" else "\n"))
 
 
 def count(batches: Iterable[Batch]) -> Counted:

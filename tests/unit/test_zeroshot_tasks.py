@@ -12,7 +12,7 @@ from zeroshot_files import ARC, BOOLQ, ENDINGS, HELLASWAG, HUB, OPENBOOKQA, PIQA
 from hgrn2_bench import datacheck
 from hgrn2_bench.doctor import NOTE, OK, PROBLEM
 from hgrn2_bench.errors import ConfigError, DataError
-from hgrn2_bench.files import DATA, SplitFiles
+from hgrn2_bench.files import DATA, Copy
 from suites.zeroshot import catalogue, places, schemas
 from suites.zeroshot.check import findings
 
@@ -292,6 +292,6 @@ def test_check_of_a_folder_of_other_things_is_bad_input(data):
 
 
 def test_split_files_name_what_is_missing(tmp_path):
-    copy = SplitFiles("piqa", "json lines", tmp_path, {"train": (tmp_path / "a",)})
+    copy = Copy("piqa", "json lines", tmp_path, {"train": (tmp_path / "a",)})
     with pytest.raises(DataError, match="no validation split of piqa; here: train"):
         copy.of("validation")

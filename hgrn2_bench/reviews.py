@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hgrn2_bench.errors import DataError
 from hgrn2_bench.files import Copy, only_copy, searched
-from hgrn2_bench.rows import has_column, json_rows, parquet_footer, parquet_rows, shards
+from hgrn2_bench.rows import has_column, objects, parquet_footer, shards
 
 EXPECTED = "aclImdb/{train,test}/{pos,neg}/*.txt, or *train*.parquet and *test*.parquet (text, label), or the same as .jsonl or .jsonl.gz"
 """In words; folders above may have any name."""
@@ -13,6 +13,8 @@ SPLITS = ("train", "test")
 CLASSES = ("neg", "pos")
 """In the order of their labels."""
 UNLABELLED = -1
+COUNTS = {"train": 25_000, "test": 25_000}
+"""Labelled reviews of each file."""
 WORDS = {split: split for split in SPLITS}
 OTHER_WORDS = {**WORDS, "valid": "validation"}
 """A set with a validation split is another data set's: IMDB has none."""
@@ -50,17 +52,14 @@ def review_rows(layout: str, path: Path) -> Iterator[tuple[str, int]]:
 
     DataError names file and line.
     """
-    for where, text, label in {FOLDERS: _folder_rows, "parquet": _parquet_rows, "json lines": _json_rows}[layout](path):
+    for where, text, label in _folder_rows(path) if layout == FOLDERS else _table_rows(path):
         if not isinstance(text, str) or isinstance(label, bool) or label not in (0, 1, UNLABELLED):
             raise DataError(f"{where}: text {type(text).__name__}, label {label!r}; expected a string and 0, 1 or -1 (unlabelled)")
         yield text, int(label)
 
 
-Found = Iterator[tuple[str, object, object]]
-"""Where a review stands, its text and its label, unchecked."""
-
-
-def _folder_rows(folder: Path) -> Found:
+def _folder_rows(folder: Path) -> Iterator[tuple[str, object, object]]:
+    """Where each review stands, its text and its label."""
     for label, name in enumerate(CLASSES):
         files = sorted((folder / name).glob("*.txt"), key=lambda path: (path.stem.partition("_")[0].zfill(8), path.stem))
         if not files:
@@ -72,11 +71,6 @@ def _folder_rows(folder: Path) -> Found:
                 raise DataError(f"{path}: not UTF-8: unpack the archive again") from None
 
 
-def _parquet_rows(path: Path) -> Found:
-    for number, (text, label) in enumerate(parquet_rows(path, ("text", "label"))):
-        yield f"{path}, row {number}", text, label
-
-
-def _json_rows(path: Path) -> Found:
-    for number, (text, label) in json_rows(path, ("text", "label")):
-        yield f"{path}:{number}", text, label
+def _table_rows(path: Path) -> Iterator[tuple[str, object, object]]:
+    """The same of a table."""
+    return ((where, row["text"], row["label"]) for where, row in objects(path, ("text", "label")))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hgrn2_bench.cifar import COUNTS as CIFAR_COUNTS
 from hgrn2_bench.cifar_readers import Batch, read_batches
 from hgrn2_bench.errors import DataError
 from suites.imagenet.places import CIFARS, Place
@@ -20,8 +21,6 @@ FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", 
 IMAGES, LABELS = 2051, 2049
 """What the two kinds of IDX file begin with: unsigned bytes in three dimensions, in one."""
 COUNTS = {"train": 60_000, "test": 10_000}
-CIFAR_COUNTS = {"train": 50_000, "test": 10_000}
-EMPTY = "zero-byte file"
 
 
 class Pixels(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 
 from hgrn2_bench.errors import DataError
 from hgrn2_bench.files import Copy
-from hgrn2_bench.rows import json_objects, parquet_objects
+from hgrn2_bench.rows import objects
 from suites.zeroshot.catalogue import TASKS
 
 Row = dict[str, Any]
@@ -150,12 +150,10 @@ def _labels(path: Path) -> list[int]:
 
 def _rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Rows of a file, and in words where each is. DataError where it is damaged."""
-    if path.name.lower().endswith(".parquet"):
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(parquet_objects(path)))
-    elif path.name.lower().endswith(".json") and _is_list(path):
+    if path.suffix.lower() == ".json" and _is_list(path):
         yield from ((f"{path}, item {i}", row) for i, row in enumerate(_listed(path)))
     else:
-        yield from ((f"{path}:{i}", row) for i, row in json_objects(path))
+        yield from objects(path)
 
 
 def _is_list(path: Path) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hgrn2_bench.errors import ConfigError, DataError
+from hgrn2_bench.errors import ConfigError, DataError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{path} is missing: {folder} holds no model") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path} holds no JSON object")
     return content
@@ -44,7 +44,7 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{path} is cut short or no safetensors file: {' '.join(str(error).split())}") from None
+        raise DataError(f"{path} is cut short or no safetensors file: {one_line(error)}") from None
 
 
 def check_tensors(path: Path) -> None:
@@ -57,7 +57,7 @@ def check_tensors(path: Path) -> None:
         with safe_open(path, framework="np"):
             pass
     except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{path} is cut short or no safetensors file: {' '.join(str(error).split())}") from None
+        raise DataError(f"{path} is cut short or no safetensors file: {one_line(error)}") from None
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:

@@ -63,8 +63,9 @@ class BenchLM(TemplateLM):
         identity, self._autocast = "", None
         if model is None:
             self._device = torch.device(self.options.device or self.ranks.device)
-            own, identity = loading.is_own_folder(pretrained), identity_of(hub.folder_of(str(pretrained)))
-            model, found = loading.load(pretrained, self.options.backend, str(self._device), self.options.dtype)
+            folder = hub.folder_of(str(pretrained))
+            own, identity = loading.is_own_folder(folder), identity_of(folder)
+            model, found = loading.load(folder, self.options.backend, str(self._device), self.options.dtype)
             tokenizer = tokenizer or found
         elif self.options.dtype != "auto":
             self._autocast = loading.dtype_of({}, self.options.dtype, "cpu")
@@ -102,11 +103,6 @@ class BenchLM(TemplateLM):
     def batch_size(self) -> int | str:
         """Requests of a pass."""
         return self.options.rows or "auto"
-
-    @property
-    def max_gen_toks(self) -> int:
-        """New tokens where a request does not say."""
-        return generation.MAX_GEN_TOKENS
 
     @property
     def rank(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 
 from hgrn2_bench.caching import locked
 from hgrn2_bench.engine import SkippedError
-from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.errors import ConfigError, one_line
 from hgrn2_bench.files import Copy, cache_folder, data_folder
 from suites.zeroshot import schemas
 from suites.zeroshot.catalogue import INSTALL, TASKS, config_of, members, packaged, scored_split
@@ -333,5 +333,5 @@ def _set_fewshot(name: str, task: Any, asked: int) -> str:
 
 def _reason(error: Exception) -> str:
     """One line of what lm-eval or datasets said."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error) or type(error).__name__
     return f"{type(error).__name__}: {text}"[:200]

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from hgrn2_bench import distributed
 from hgrn2_bench.rows import needed
 from hgrn2_bench.seeding import seeded
+from suites.imagenet.decode import INSTALL
 from suites.imagenet.order import Wanted
 from suites.imagenet.pictures import PictureSplit
 from suites.imagenet.task import TaskConfig
@@ -26,7 +27,6 @@ MOST_WORKERS, AHEAD = 16, 4
 """Worker processes of one process that trains, and batches that each works ahead."""
 STRONGEST = 9.99
 """Magnitude of an operation of RandAugment, of 10: at 10 timm asks Pillow to keep no bit of a colour, which Pillow refuses by now."""
-INSTALL = 'pip install "hgrn2_bench[vision]"'
 Transform = Callable[[Any], np.ndarray]
 
 

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hgrn2_bench.errors import ConfigError, unknown
-
-INSTALL = 'pip install "hgrn2_bench[zeroshot]"'
+from hgrn2_bench.hub import INSTALL
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,8 +112,8 @@ def _asked(lm: Any, loaded: Loaded, limit: int) -> dict[str, list[dict[str, Any]
 
 def _told(lm: Any) -> dict[str, Any]:
     """What the model says of its scoring; of several processes that of the first, with the items of all."""
-    own: dict[str, Any] = dict(lm.told()) if hasattr(lm, "told") else {}
-    everyone = lm.gather_object(own, dst=0) if lm.world_size > 1 else [own]
+    own: dict[str, Any] = dict(lm.told())
+    everyone = lm.gather_object(own, dst=0)
     items: dict[str, list[dict[str, Any]]] = {}
     for each in everyone or ():
         for kind, those in each.get("items", {}).items():

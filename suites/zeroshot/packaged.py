@@ -19,10 +19,11 @@ from hgrn2_bench.caching import locked
 from hgrn2_bench.engine import SkippedError
 from hgrn2_bench.errors import ConfigError, one_line
 from hgrn2_bench.files import Copy, cache_folder, data_folder
+from hgrn2_bench.hub import INSTALL
 from suites.zeroshot import schemas
-from suites.zeroshot.catalogue import INSTALL, TASKS, config_of, members, packaged, scored_split
+from suites.zeroshot.catalogue import TASKS, config_of, members, packaged, scored_split
 from suites.zeroshot.network import no_code, reachable_only
-from suites.zeroshot.places import locate, pick, wanted
+from suites.zeroshot.places import copies, wanted
 from suites.zeroshot.quiet import FEWSHOT_SEED, seeded, silent
 
 READER = "suites.zeroshot.packaged.local_rows"
@@ -143,8 +144,7 @@ def _whole(request: Request) -> Loaded:
 def _known(request: Request, names: Sequence[str], lm: Any, scratch: Path) -> Loaded:
     """Tasks and groups that lm-eval has in files of their own."""
     root = data_folder()
-    located = locate(root) if root.is_dir() else []
-    local = {name: found for name in names if (found := pick(located, root, name)) and (len(names) == 1 or "class" not in config_of(name))}
+    local = {name: found for name, found in copies(root, request.name).items() if len(names) == 1 or "class" not in config_of(name)}
     metadata = _metadata(names, request, lm, scratch)
     maker = _Maker(scratch / "files", request.name, local, metadata)
     unavailable: dict[str, str] = {}

@@ -32,9 +32,10 @@ def plain(name: str) -> str:
     return re.sub(r"[-.]", "_", name.lower())
 
 
-def find(root: Path, task: str) -> Copy | None:
-    """The copy of a task's scored split below a folder; None where there is none. ConfigError where there are several."""
-    return pick(locate(root), root, task)
+def copies(root: Path, name: str) -> dict[str, Copy]:
+    """The copy of a task's scored split below a folder, or of each member of a group, where there is one. ConfigError for several."""
+    located = locate(root) if root.is_dir() else []
+    return {task: found for task in members(name) if (found := pick(located, root, task))} if located else {}
 
 
 def pick(there: Sequence[Copy], root: Path, task: str) -> Copy | None:
@@ -125,7 +126,5 @@ def fingerprint_of(name: str) -> str:
 
 @functools.cache
 def _fingerprint(name: str, root: Path) -> str:
-    located = locate(root) if root.is_dir() else []
-    there = {task: found for task in members(name) if (found := pick(located, root, task))} if located else {}
-    each = [f"{task}:{content_hash(found)}" for task, found in there.items()]
+    each = [f"{task}:{content_hash(found)}" for task, found in copies(root, name).items()]
     return hashlib.sha256(" ".join(each).encode()).hexdigest()[:16] if each else ""

@@ -36,26 +36,29 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path) -> "dict[str, Tensor]":
     """Every tensor of a safetensors file, on the CPU. DataError where it is missing, cut short or of another kind."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise DataError(f"{path} is missing")
-    try:
+    with _reading(path):
         return dict(load_file(path))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{path} is cut short or no safetensors file: {one_line(error)}") from None
 
 
 def check_tensors(path: Path) -> None:
     """DataError where a safetensors file is missing, cut short or of another kind, told from its head and its size."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
+
+    with _reading(path), safe_open(path, framework="np"):
+        pass
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """DataError where a safetensors file is missing, or turns out to be none."""
+    from safetensors import SafetensorError
 
     if not path.is_file():
         raise DataError(f"{path} is missing")
     try:
-        with safe_open(path, framework="np"):
-            pass
+        yield
     except (SafetensorError, OSError, ValueError) as error:
         raise DataError(f"{path} is cut short or no safetensors file: {one_line(error)}") from None
 

@@ -101,7 +101,7 @@ class Lengths(lm_eval_model.LM):
 def write_lines(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    path.write_bytes(gzip.compress(text) if path.suffix.lower() == ".gz" else text)
     return path
 
 

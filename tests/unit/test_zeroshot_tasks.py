@@ -109,6 +109,7 @@ def test_layouts_of_the_hub_are_found_and_read(data, task):
         "piqa_validation.jsonl",
         "piqa-valid.jsonl.gz",
         "PIQA/dev.jsonl",
+        "PIQA_VALIDATION.JSONL.GZ",
         "a/b/piqa/piqa_val.jsonl",
         "piqa.validation.json",
         "piqa/data/val-00000-of-00001.jsonl",

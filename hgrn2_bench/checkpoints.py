@@ -51,7 +51,7 @@ def load(folder: Path, backend: str = "chunked", device: str = "cpu") -> Languag
 
     DataError, one line, where a file is missing, cut short, changed, or of another kind; global random state is left alone.
     """
-    if "model_type" in weights.read_config(folder):
+    if not trained.is_own(weights.read_config(folder)):
         return fla_models.load(folder, backend, device)
     content, card = trained.read_content(folder), trained.read_card(folder)
     tensors = weights.read_tensors(folder / "model.safetensors")

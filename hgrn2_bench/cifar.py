@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hgrn2_bench.files import subfolders
+from hgrn2_bench.files import Files, subfolders
 
 SIZE = 32
 """Pixels in height and width."""
@@ -21,8 +21,8 @@ skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table ta
 turtle wardrobe whale willow_tree wolf woman worm
 """
 
-Files = dict[str, tuple[Path, ...]]
-"""By split: train and test."""
+COUNTS = {"train": 50_000, "test": 10_000}
+"""Pictures of each split, of either set."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import nn
 
 from hgrn2_bench import distributed, foreign_config, foreign_models, matching, measure, provenance, registry, timing
 from hgrn2_bench.cells import CellFolder
-from hgrn2_bench.errors import ConfigError
+from hgrn2_bench.errors import ConfigError, one_line
 from hgrn2_bench.model import Backbone
 from hgrn2_bench.ops.tuned import thoroughness
 from hgrn2_bench.plan import Cell, Description, versions
@@ -224,7 +224,7 @@ def free_memory(cell: Cell) -> None:
 
 def outcome_of(error: Exception) -> tuple[str, str]:
     """The outcome and one-line reason that an exception stands for."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error) or type(error).__name__
     if isinstance(error, ConfigError):
         return "failed", text[:300]
     if isinstance(error, DivergedError):

@@ -15,6 +15,11 @@ class DataError(ConfigError):
     """A file of the user's data is missing, damaged or of another kind. Its text is one line that names the file, and the line in it."""
 
 
+def one_line(error: object) -> str:
+    """The text of any error as one line."""
+    return " ".join(str(error).split())
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """`Unknown model 'hgnr2'. Did you mean 'hgrn2'? Available: ...` as an error to raise; long lists only where nothing is near."""
     names = sorted(set(known))

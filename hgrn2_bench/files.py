@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from hgrn2_bench.errors import ConfigError, DataError
 
-Place = TypeVar("Place")
-"""One copy of some data; as text its folder and layout."""
+Files = Mapping[str, tuple[Path, ...]]
+"""By split."""
 DATA, CACHE = "HGRN2_BENCH_DATA", "HGRN2_BENCH_CACHE"
 WORD = "data_dir="
 SAMPLE = 1 << 16
@@ -26,14 +26,16 @@ MAX_DEPTH = 4
 
 
 @dataclass(frozen=True)
-class SplitFiles:
+class Copy:
     """One copy of some data: the files of each of its splits, in one folder."""
 
     what: str
+    """The task or set that it holds."""
     layout: str
     """In words: `parquet`, `json lines`."""
     folder: Path
-    files: Mapping[str, tuple[Path, ...]]
+    files: Files
+    """Of each split that is there; in layouts of many small files the folder of the split."""
 
     def __str__(self) -> str:
         """`DIR (parquet)`."""
@@ -42,8 +44,15 @@ class SplitFiles:
     def of(self, split: str) -> tuple[Path, ...]:
         """The files of a split. DataError where it is missing."""
         if not self.files.get(split):
-            raise DataError(f"{self}: no {split} split of {self.what}; here: {', '.join(sorted(self.files))}")
+            raise DataError(self.lacks(split))
         return self.files[split]
+
+    def lacks(self, split: str) -> str:
+        """What to say where a split is missing."""
+        return f"{self}: no {split} split of {self.what}; here: {', '.join(sorted(self.files))}"
+
+
+AnyCopy = TypeVar("AnyCopy", bound=Copy)
 
 
 def data_folder() -> Path:
@@ -73,13 +82,13 @@ def check_data_folder(root: Path, what: str) -> None:
         raise ConfigError(f"{what} needs files: {root} is no folder; {remedy}")
 
 
-def only_copy(places: Sequence[Place], root: Path, what: str, expected: str, faults: Sequence[str] = ()) -> Place:
-    """The one place among those found below a folder. ConfigError where there is none, with what was expected, or more than one."""
-    if not places:
+def only_copy(copies: Sequence[AnyCopy], root: Path, what: str, expected: str, faults: Sequence[str] = ()) -> AnyCopy:
+    """The one copy among those found below a folder. ConfigError where there is none, with what was expected, or more than one."""
+    if not copies:
         raise ConfigError("; ".join([f"no data of {what} in {root}: expected {expected}", *faults]))
-    if len(places) > 1:
-        raise ConfigError(f"{root} holds {len(places)} copies of {what}: {', '.join(map(str, places))}; give the folder of one")
-    return places[0]
+    if len(copies) > 1:
+        raise ConfigError(f"{root} holds {len(copies)} copies of {what}: {', '.join(map(str, copies))}; give the folder of one")
+    return copies[0]
 
 
 def cache_folder(suite: str) -> Path:

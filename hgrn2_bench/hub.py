@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from hgrn2_bench.errors import ConfigError, DataError
+from hgrn2_bench.errors import ConfigError, DataError, one_line
 from hgrn2_bench.rows import needed
 
 FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "token*.json", "*.model", "vocab.json")
@@ -32,5 +32,5 @@ def fetch(name: str) -> Path:
     try:
         return Path(library.snapshot_download(name, allow_patterns=[*FILES, *MORE_FILES]))
     except Exception as error:  # no network, no such name, no right to it, a full disk: each has a class of its own
-        why = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{name}: not a folder here, and the Hugging Face hub did not give it ({type(error).__name__}: {why})") from None
+        why = f"{type(error).__name__}: {one_line(error)[:200]}"
+        raise ConfigError(f"{name}: not a folder here, and the Hugging Face hub did not give it ({why})") from None

@@ -8,6 +8,8 @@ import numpy as np
 from hgrn2_bench.errors import DataError
 from hgrn2_bench.rows import needed
 
+EMPTY = "zero-byte file"
+"""Why a picture is left out whose file holds nothing."""
 GREY_WEIGHTS = (19595, 38470, 7471)
 """0.299, 0.587, 0.114 times 2^16: Pillow's `L`, rounded to nearest."""
 

@@ -58,10 +58,18 @@ def has_column(footer: bytes, column: str) -> bool:
     return bytes([len(column)]) + column.encode() in footer  # a name stands behind its length
 
 
-def parquet_objects(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows with all their columns. DataError names the file."""
-    columns = needed("pyarrow.parquet", "pyarrow", f"{path}: parquet").read_schema(path).names if parquet_footer(path) else ()
-    return (dict(zip(columns, row, strict=True)) for row in parquet_rows(path, columns))
+def objects(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a parquet, `.jsonl` or `.jsonl.gz` file with some keys at least (without any: with all), and in words where each is.
+
+    DataError names file and row.
+    """
+    if path.suffix.lower() != ".parquet":
+        yield from ((f"{path}:{number}", item) for number, item in _json_objects(path, keys))
+        return
+    parquet_footer(path)
+    columns = keys or needed("pyarrow.parquet", "pyarrow", f"{path}: parquet").read_schema(path).names
+    for number, row in enumerate(parquet_rows(path, columns)):
+        yield f"{path}, row {number}", dict(zip(columns, row, strict=True))
 
 
 def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
@@ -80,16 +88,11 @@ def parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[Any, ...]
         raise DataError(f"{path}: damaged parquet ({str(error).splitlines()[0]})") from None
 
 
-def json_rows(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, tuple[Any, ...]]]:
-    """Line numbers from 1 and the values of some keys, of a `.jsonl` or `.jsonl.gz` file. DataError names file and line."""
-    return ((number, tuple(item[key] for key in keys)) for number, item in json_objects(path, keys))
-
-
-def json_objects(path: Path, keys: Sequence[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers from 1 and the objects of such a file, each with some keys at least. DataError names file and line."""
+def _json_objects(path: Path, keys: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line numbers from 1, and the object of each line."""
     number = 0
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 item = json.loads(line)
                 if not isinstance(item, dict) or not item.keys() >= set(keys):

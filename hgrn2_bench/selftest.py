@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hgrn2_bench.errors import one_line
 from hgrn2_bench.measure import kernel
 from hgrn2_bench.numerics import relative_error, tensors
 from hgrn2_bench.ops import autotune, families, fla
@@ -83,7 +84,7 @@ def compare(case: str, device: str) -> Iterator[dict[str, Any]]:
             error, tensor = relative_error(inputs, backend, gradients=True)
             yield said | {"error": error, "tensor": tensor}
         except Exception as fault:  # kernels may raise anything; the other dtype may still be well
-            yield said | {"fault": f"{type(fault).__name__}: {' '.join(str(fault).split())}"}
+            yield said | {"fault": f"{type(fault).__name__}: {one_line(fault)}"}
 
 
 def torch_facts() -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hgrn2_bench.errors import one_line
 from hgrn2_bench.layers import FollowsBackend
 
 Batch = tuple[Tensor, ...]
@@ -161,5 +162,5 @@ def capture(step: Callable[[], Tensor], pool: Any = None) -> tuple[torch.cuda.CU
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(generator.clone_state())
         reason = error.__context__ or error  # the end of a failed capture raises too, and says less
-        raise NotCapturedError(" ".join(str(reason).split())[:120]) from error
+        raise NotCapturedError(one_line(reason)[:120]) from error
     return graph, left

@@ -15,7 +15,7 @@ from typing import Any
 
 from hgrn2_bench import fla_config, foreign_config, weights
 from hgrn2_bench.config import ModelConfig
-from hgrn2_bench.errors import ConfigError, DataError
+from hgrn2_bench.errors import ConfigError, DataError, one_line
 
 FORMAT = "hgrn2_bench language model"
 VERSION = 1
@@ -72,15 +72,25 @@ class Trained:
         return f"{label}@{self.hash[:6]}"
 
 
+def is_own(content: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of a checkpoint of ours."""
+    return "model_type" not in content
+
+
+def is_foreign(content: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of none of our models, nor of one that can be read as ours."""
+    return content.get("model_type", fla_config.MODEL_TYPE) != fla_config.MODEL_TYPE
+
+
 def read(folder: Path) -> Trained:
     """What a folder holds. DataError, one line, for files that are missing, cut short, changed, or of another kind."""
     content = weights.read_config(folder)
-    if content.get("model_type", fla_config.MODEL_TYPE) != fla_config.MODEL_TYPE:
+    if is_foreign(content):
         return _foreign(folder, content)
-    if "model_type" in content:
+    if not is_own(content):
         config, settings = fla_config.translated(content, folder / "config.json")
         values = fla_config.DEFAULTS | content
-        card, version = Card("hgrn2", settings), ""
+        card, version = Card(fla_config.MODEL_TYPE, settings), ""
         sizes = values["vocab_size"], values["max_position_embeddings"]
         files = fla_config.weight_files(folder)
     else:
@@ -134,7 +144,7 @@ def config_of(folder: Path, content: Mapping[str, Any]) -> ModelConfig:
 
 def unlike(folder: Path, error: Exception) -> DataError:
     """What a folder is whose parts do not fit one another."""
-    return DataError(f"{folder}: config and weights do not make a model here: {' '.join(str(error).split())[:200]}")
+    return DataError(f"{folder}: config and weights do not make a model here: {one_line(error)[:200]}")
 
 
 def check_digest(folder: Path, content: Mapping[str, Any], found: str = "") -> None:

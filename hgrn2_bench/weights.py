@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hgrn2_bench.errors import ConfigError, DataError
+from hgrn2_bench.errors import ConfigError, DataError, one_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DataError(f"{path} is missing: {folder} holds no model") from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        raise DataError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise DataError(f"{path} holds no JSON object")
     return content
@@ -36,28 +36,31 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path) -> "dict[str, Tensor]":
     """Every tensor of a safetensors file, on the CPU. DataError where it is missing, cut short or of another kind."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file():
-        raise DataError(f"{path} is missing")
-    try:
+    with _reading(path):
         return dict(load_file(path))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{path} is cut short or no safetensors file: {' '.join(str(error).split())}") from None
 
 
 def check_tensors(path: Path) -> None:
     """DataError where a safetensors file is missing, cut short or of another kind, told from its head and its size."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
+
+    with _reading(path), safe_open(path, framework="np"):
+        pass
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """DataError where a safetensors file is missing, or turns out to be none."""
+    from safetensors import SafetensorError
 
     if not path.is_file():
         raise DataError(f"{path} is missing")
     try:
-        with safe_open(path, framework="np"):
-            pass
+        yield
     except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(f"{path} is cut short or no safetensors file: {' '.join(str(error).split())}") from None
+        raise DataError(f"{path} is cut short or no safetensors file: {one_line(error)}") from None
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:

@@ -4,7 +4,6 @@ import base64
 import gzip
 import json
 import socket
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from hgrn2_bench.files import CACHE, DATA
 from suites.zeroshot import catalogue, network, packaged, places, schemas
+from suites.zeroshot.settings import ZeroshotConfig
 
 lm_eval_model = pytest.importorskip("lm_eval.api.model", reason="needs lm-eval")
 harness = pytest.importorskip("suites.zeroshot.harness")
@@ -60,19 +60,6 @@ HUB = {
 }
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What `harness.Asked` wants."""
-
-    lm_task: str
-    limit: int = 0
-    fewshot: int = -1
-    max_length: int = 0
-    weighting: str = "items"
-    bos: str = "auto"
-    truncation: str = "left"
-
-
 class Lengths(lm_eval_model.LM):
     """Every character of a continuation costs a nat, and those of even length are what it would have said."""
 
@@ -114,7 +101,7 @@ class Lengths(lm_eval_model.LM):
 def write_lines(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    path.write_bytes(gzip.compress(text) if path.suffix.lower() == ".gz" else text)
     return path
 
 
@@ -140,7 +127,7 @@ def prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ask(task: str, lm: Any = None, folder: Path | None = None, own: Path | None = None, **settings: Any) -> Any:
-    return harness.evaluate(lm or Lengths(), Settings(task, **settings), folder, own)
+    return harness.evaluate(lm or Lengths(), ZeroshotConfig(lm_task=task, **settings), folder, own)
 
 
 def value(outcome: Any, name: str, split: str = "test") -> float:

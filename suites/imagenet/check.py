@@ -31,8 +31,8 @@ FASHION_MEAN, TOLERANCE = 72.9, 1.0
 
 def findings(root: Path) -> Iterator[Finding]:
     """A line for each thing found in a folder, as it is found. ConfigError where it holds no pictures with classes."""
-    small = [(dataset, place) for dataset in RESIDENT for place in locate(root, dataset)[0] if _is_meant(dataset, place)]
-    taken = [(place.folder, place.files) for _, place in small]
+    small = [place for dataset in RESIDENT for place in locate(root, dataset)[0] if _is_meant(place)]
+    taken = [(place.folder, place.files) for place in small]
     there, faults = locate(root, "folder")
     encoded = [place for place in there if (place.folder, place.files) not in taken]
     if not encoded and not small and not faults:
@@ -41,8 +41,8 @@ def findings(root: Path) -> Iterator[Finding]:
         yield Finding(PROBLEM, fault)
     for place in encoded:
         yield from _told("pictures", place, _encoded(place))
-    for dataset, place in small:
-        yield from _told(dataset, place, _resident(dataset, place))
+    for place in small:
+        yield from _told(place.what, place, _resident(place))
 
 
 def _told(name: str, place: Place, found: Iterator[Finding]) -> Iterator[Finding]:
@@ -54,7 +54,7 @@ def _told(name: str, place: Place, found: Iterator[Finding]) -> Iterator[Finding
         yield Finding(PROBLEM, f"{name}: {error}")
 
 
-def _is_meant(dataset: str, place: Place) -> bool:
+def _is_meant(place: Place) -> bool:
     """Whether pictures in files are CIFAR's: other sets have the same columns, and folders of some of the same names, but not this size."""
     first = place.files["train"][0] if place.files.get("train") else None
     if place.layout == PARQUET and first is not None:
@@ -63,7 +63,7 @@ def _is_meant(dataset: str, place: Place) -> bool:
     if place.layout == FOLDERS and first is not None:
         classes = class_names(place)
         pictures = (first / name / next(pictures_in(first / name)) for name in classes)
-        is_named = set(classes) in map(set, CIFARS[dataset].folder_names)
+        is_named = set(classes) in map(set, CIFARS[place.what].folder_names)
         return is_named and any(_size(path.read_bytes()) == (cifar.SIZE, cifar.SIZE) for path in pictures)
     return True
 
@@ -120,10 +120,11 @@ def _label_findings(split: str, stored: Stored, classes: int, of_imagenet: bool)
         yield Finding(NOTE, f"{split}: no pictures of {counted(len(absent), 'class', 'es')}: {named}", COPY_AGAIN)
 
 
-def _resident(dataset: str, place: Place) -> Iterator[Finding]:
+def _resident(place: Place) -> Iterator[Finding]:
     """Of pictures held as pixels: each split whole, nothing left out, the right set."""
+    dataset = place.what
     for split in ("train", "test"):
-        pixels = resident.read_pixels(dataset, place, split, skip=True)
+        pixels = resident.read_pixels(place, split, skip=True)
         counts = ", ".join(f"{count:,}" for count in np.unique(np.bincount(pixels.labels_N)))
         yield Finding(OK, f"{dataset} {split}: {len(pixels.labels_N):,} pictures, by class {counts}")
         left_out = [*pixels.empty, *pixels.damaged]

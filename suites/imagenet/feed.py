@@ -7,9 +7,7 @@ Shape letters: B pictures, C channels, H height, W width.
 """
 
 import os
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from hgrn2_bench import distributed
 from hgrn2_bench.rows import needed
+from hgrn2_bench.seeding import seeded
+from suites.imagenet.decode import INSTALL
 from suites.imagenet.order import Wanted
 from suites.imagenet.pictures import PictureSplit
 from suites.imagenet.task import TaskConfig
@@ -27,24 +27,7 @@ MOST_WORKERS, AHEAD = 16, 4
 """Worker processes of one process that trains, and batches that each works ahead."""
 STRONGEST = 9.99
 """Magnitude of an operation of RandAugment, of 10: at 10 timm asks Pillow to keep no bit of a colour, which Pillow refuses by now."""
-INSTALL = 'pip install "hgrn2_bench[vision]"'
 Transform = Callable[[Any], np.ndarray]
-
-
-@contextmanager
-def seeded(seed: Sequence[int]) -> Iterator[None]:
-    """The generators that timm and torchvision draw from, seeded for a while, and as they were afterwards."""
-    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    words = np.random.SeedSequence(seed).generate_state(3).tolist()
-    random.seed(words[0])
-    np.random.seed(words[1])
-    torch.manual_seed(words[2])
-    try:
-        yield
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
-        torch.set_rng_state(kept[2])
 
 
 def training_transform(config: TaskConfig) -> Transform:
@@ -93,7 +76,7 @@ class Feed(Dataset[Tensor]):
         image = self.split.image(wanted.number)
         if not wanted.seed:
             return torch.as_tensor(self.transform(image))
-        with seeded(wanted.seed):
+        with seeded(*np.random.SeedSequence(wanted.seed).generate_state(3).tolist()):
             return torch.as_tensor(self.transform(image))
 
 

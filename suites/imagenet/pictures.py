@@ -21,6 +21,7 @@ from hgrn2_bench.cells import replace_file
 from hgrn2_bench.config import require
 from hgrn2_bench.errors import ConfigError, DataError
 from hgrn2_bench.files import cache_folder, data_folder
+from hgrn2_bench.images import EMPTY
 from hgrn2_bench.subsets import drawn, random_parts
 from suites.imagenet import readers, resident
 from suites.imagenet.decode import decode, decode_aloud, pillow, quiet
@@ -134,10 +135,10 @@ def load(config: ImagenetConfig) -> Pictures:
 def _resident(config: ImagenetConfig, place: Place) -> tuple[dict[str, PictureSplit], tuple[str, ...]]:
     whole = {}
     for name in ("train", "test"):
-        found = resident.read_pixels(config.dataset, place, name, skip=config.policy == "skip")
+        found = resident.read_pixels(place, name, skip=config.policy == "skip")
         if found.empty and config.policy == "error":
-            raise DataError(f"{found.empty[0]}: {resident.EMPTY}; copy it again, or leave it out with policy=skip")
-        skipped = {reason: len(those) for reason, those in ((resident.EMPTY, found.empty), (DAMAGED, found.damaged)) if those}
+            raise DataError(f"{found.empty[0]}: {EMPTY}; copy it again, or leave it out with policy=skip")
+        skipped = {reason: len(those) for reason, those in ((EMPTY, found.empty), (DAMAGED, found.damaged)) if those}
         whole[name] = PictureSplit(found.labels_N, pixels_NHWC=found.pixels_NHWC, skipped=skipped)
     return whole, resident.class_names(config.dataset)
 

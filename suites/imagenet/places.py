@@ -6,13 +6,12 @@ Imports neither torch nor numpy.
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from hgrn2_bench import cifar
 from hgrn2_bench.errors import DataError
-from hgrn2_bench.files import check_data_folder, files_in, folders, only_copy, subfolders
+from hgrn2_bench.files import Copy, Files, check_data_folder, files_in, folders, only_copy, subfolders
 from hgrn2_bench.rows import has_column, parquet_footer, shards
 
 WORDS = {
@@ -58,28 +57,13 @@ OWN_NAMES = {
 """What a path says where it names a set; a table of pictures is else told by nothing from any other."""
 CIFARS = {"cifar10": cifar.CIFAR10, "cifar100": cifar.CIFAR100}
 
-Files = Mapping[str, tuple[Path, ...]]
-"""By split: `train`, `val`, `test`."""
 
+class Place(Copy):
+    """One copy of one set, with its splits `train`, `val`, `test`; of pictures in class folders a split's file is the folder of these."""
 
-@dataclass(frozen=True)
-class Place:
-    """One copy of one set."""
-
-    layout: str
-    folder: Path
-    files: Files
-    """Files of each split that is there; for pictures in class folders the folder that holds these."""
-
-    def __str__(self) -> str:
-        """`DIR (image folders)`."""
-        return f"{self.folder} ({self.layout})"
-
-    def of(self, split: str) -> tuple[Path, ...]:
-        """The files of a split. DataError where it is missing."""
-        if not self.files.get(split):
-            raise DataError(f"{self.folder}: no {split} split ({self.layout}); there are {', '.join(self.files) or 'none'}")
-        return self.files[split]
+    def lacks(self, split: str) -> str:
+        """What to say where a split is missing."""
+        return f"{self.folder}: no {split} split ({self.layout}); there are {', '.join(self.files) or 'none'}"
 
 
 def find(root: Path, dataset: str) -> Place:
@@ -122,14 +106,14 @@ def _meant(places: list[Place], root: Path, dataset: str) -> list[Place]:
 def _in_folder(folder: Path, files: list[Path], dataset: str) -> Iterator[Place]:
     """The copies of a set whose files lie in this folder."""
     if dataset == "fashion":
-        yield from _idx_files(folder, files)
+        yield from _idx_files(dataset, folder, files)
     elif dataset in CIFARS:
-        yield from _cifar(CIFARS[dataset], folder, files)
+        yield from _cifar(dataset, folder, files)
     else:
         if (splits := _split_folders(folder)) and _has_pictures(splits["train"]):
-            yield Place(FOLDERS, folder, {split: (path,) for split, path in splits.items()})
-        yield from (Place(PARQUET, folder, there) for there in _tables(files, "label"))
-        yield from (Place(TARS, folder, there) for there in _tars(folder, files))
+            yield Place(dataset, FOLDERS, folder, {split: (path,) for split, path in splits.items()})
+        yield from (Place(dataset, PARQUET, folder, there) for there in _tables(files, "label"))
+        yield from (Place(dataset, TARS, folder, there) for there in _tars(folder, files))
 
 
 def _searched(folder: Path) -> list[Path]:
@@ -205,16 +189,17 @@ def _original_archives(files: list[Path]) -> Iterator[str]:
             yield f"{path}: the original archive: {UNPACK['train' if 'train' in path.name else 'val']}"
 
 
-def _cifar(kind: cifar.Cifar, folder: Path, files: list[Path]) -> Iterator[Place]:
+def _cifar(dataset: str, folder: Path, files: list[Path]) -> Iterator[Place]:
+    kind = CIFARS[dataset]
     for layout, there in cifar.locate_batches(kind, files):
-        yield Place(layout, folder, there)
+        yield Place(dataset, layout, folder, there)
     if splits := cifar.locate_folders(kind, folder):
-        yield Place(cifar.FOLDERS, folder, splits)
+        yield Place(dataset, cifar.FOLDERS, folder, splits)
     for tables in _tables(files, kind.label):
-        yield Place(cifar.PARQUET, folder, tables)
+        yield Place(dataset, cifar.PARQUET, folder, tables)
 
 
-def _idx_files(folder: Path, files: list[Path]) -> Iterator[Place]:
+def _idx_files(dataset: str, folder: Path, files: list[Path]) -> Iterator[Place]:
     """Images and labels of each split, as MNIST's authors wrote theirs."""
     names = {path.name.removesuffix(".gz").replace(".idx", "-idx"): path for path in files}
     there: dict[str, tuple[Path, ...]] = {}
@@ -223,4 +208,4 @@ def _idx_files(folder: Path, files: list[Path]) -> Iterator[Place]:
         if names.keys() >= set(pair):
             there[split] = tuple(names[name] for name in pair)
     if there:
-        yield Place(IDX, folder, there)
+        yield Place(dataset, IDX, folder, there)

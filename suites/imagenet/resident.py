@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hgrn2_bench.cifar import COUNTS as CIFAR_COUNTS
 from hgrn2_bench.cifar_readers import Batch, read_batches
 from hgrn2_bench.errors import DataError
 from suites.imagenet.places import CIFARS, Place
@@ -20,8 +21,6 @@ FASHION_CLASSES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", 
 IMAGES, LABELS = 2051, 2049
 """What the two kinds of IDX file begin with: unsigned bytes in three dimensions, in one."""
 COUNTS = {"train": 60_000, "test": 10_000}
-CIFAR_COUNTS = {"train": 50_000, "test": 10_000}
-EMPTY = "zero-byte file"
 
 
 class Pixels(NamedTuple):
@@ -41,15 +40,15 @@ def class_names(dataset: str) -> tuple[str, ...]:
     return FASHION_CLASSES if dataset == "fashion" else CIFARS[dataset].classes
 
 
-def read_pixels(dataset: str, place: Place, split: str, skip: bool = False) -> Pixels:
+def read_pixels(place: Place, split: str, skip: bool = False) -> Pixels:
     """Every picture of a split, in its own size. DataError names the file that is damaged, or the split that is not whole.
 
     With `skip`, single pictures that do not decode are left out; files of many that are damaged are not.
     """
-    if dataset == "fashion":
+    if place.what == "fashion":
         read, expected = _read_fashion(place.of(split)), COUNTS[split]
     else:
-        read, expected = _joined(list(read_batches(CIFARS[dataset], place.layout, place.of(split), skip))), CIFAR_COUNTS[split]
+        read, expected = _joined(list(read_batches(CIFARS[place.what], place.layout, place.of(split), skip))), CIFAR_COUNTS[split]
     number = len(read.labels_N) + len(read.empty) + len(read.damaged)
     if number != expected:
         raise DataError(f"{place}, {split}: {number:,} pictures, expected {expected:,}: a part of the data, or cut short")

@@ -53,16 +53,16 @@ def findings(root: Path) -> Iterator[Finding]:
 def _checked(place: Place) -> Iterator[Finding]:
     """Findings of one copy; what its reader refuses is a problem too."""
     checks = {"listops": _listops, "text": _text, "retrieval": _retrieval, "image": _image}
-    yield Finding(OK, f"{place.task}: found {place}")
+    yield Finding(OK, f"{place.what}: found {place}")
     try:
-        yield from checks.get(place.task, check_pathfinder)(place)
+        yield from checks.get(place.what, check_pathfinder)(place)
     except ConfigError as error:
-        yield Finding(PROBLEM, f"{place.task}: {error}")
+        yield Finding(PROBLEM, f"{place.what}: {error}")
 
 
 def count_finding(place: Place, split: str, number: int, expected: int, soft: bool = False) -> Finding:
     """Whether a split has as many items as it should; `soft` where the expected number is not certain."""
-    found = f"{place.task} {split}: {number:,} items"
+    found = f"{place.what} {split}: {number:,} items"
     if number == expected:
         return Finding(OK, f"{found}, as expected")
     if soft:
@@ -74,7 +74,7 @@ def order_findings(place: Place, split: str, labels: Sequence[int] | np.ndarray,
     """Whether an incomplete split is the head of a file sorted by class, and whether a whole one is sorted."""
     labels_N = np.asarray(labels)
     counts = np.bincount(labels_N, minlength=classes)
-    text = f"{place.task} {split}: items by class {', '.join(f'{count:,}' for count in counts)}"
+    text = f"{place.what} {split}: items by class {', '.join(f'{count:,}' for count in counts)}"
     if len(labels_N) < expected and counts.max() > LOPSIDED * len(labels_N) / classes:
         remedy = "such a head of a sorted file teaches nothing; give the whole file, of which readers draw a part by seed"
         yield Finding(PROBLEM, f"{text}: a subset sorted by class", remedy)
@@ -136,11 +136,11 @@ def _text(place: Place) -> Iterator[Finding]:
 
 
 def _vocabulary(place: Place, options: text.TextOptions | retrieval.RetrievalOptions, expected: int) -> Finding:
-    rows = text.text_rows if place.task == "text" else retrieval.retrieval_rows
+    rows = text.text_rows if place.what == "text" else retrieval.retrieval_rows
     number = len(count_vocabulary(partial(rows, place, "train"), options.max_length, options.min_freq))
     if number == expected:
-        return Finding(OK, f"{place.task}: vocabulary of {number} ids, as expected")
-    return Finding(NOTE, f"{place.task}: vocabulary of {number} ids", f"the published files give {expected}")
+        return Finding(OK, f"{place.what}: vocabulary of {number} ids, as expected")
+    return Finding(NOTE, f"{place.what}: vocabulary of {number} ids", f"the published files give {expected}")
 
 
 def _duplicates(found: tuple[int, ...]) -> Finding:

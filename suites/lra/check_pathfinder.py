@@ -39,20 +39,20 @@ class Files(NamedTuple):
 def check_pathfinder(place: Place) -> Iterator[Finding]:
     """Findings of every difficulty of one resolution."""
     if DIFFICULTY not in place.files:
-        yield Finding(PROBLEM, f"{place.task}: {place.folder} has no {DIFFICULTY}, the difficulty that is reported", UNPACK)
+        yield Finding(PROBLEM, f"{place.what}: {place.folder} has no {DIFFICULTY}, the difficulty that is reported", UNPACK)
     for difficulty, (folder,) in place.files.items():
-        what = f"{place.task} {difficulty}"
+        what = f"{place.what} {difficulty}"
         if not (folder / "metadata").is_dir() or not (folder / "imgs").is_dir():
             inside = ", ".join(sorted(path.name for path in folder.iterdir())[:SHOWN]) or "nothing"
             yield Finding(PROBLEM, f"{what}: wrong nesting: {folder} holds {inside}", "move imgs and metadata directly into it")
             continue
         try:
             lines = list(metadata(folder))
-            yield from _metadata_findings(what, lines, RESOLUTIONS[place.task], difficulty)
+            yield from _metadata_findings(what, lines, RESOLUTIONS[place.what], difficulty)
             files = _look_at(folder, lines)
-            yield from _file_findings(what, folder, lines, files, RESOLUTIONS[place.task])
-            if files.are_whole(RESOLUTIONS[place.task]):
-                yield from _agreement_findings(what, folder, lines, RESOLUTIONS[place.task])
+            yield from _file_findings(what, folder, lines, files, RESOLUTIONS[place.what])
+            if files.are_whole(RESOLUTIONS[place.what]):
+                yield from _agreement_findings(what, folder, lines, RESOLUTIONS[place.what])
         except ConfigError as error:
             yield Finding(PROBLEM, f"{what}: {error}")
 

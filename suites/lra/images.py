@@ -8,16 +8,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from hgrn2_bench.cifar import CIFAR10
+from hgrn2_bench.cifar import CIFAR10, COUNTS
 from hgrn2_bench.cifar_readers import Batch, read_batches
 from hgrn2_bench.config import require
-from hgrn2_bench.images import grey
+from hgrn2_bench.images import EMPTY, grey
 from hgrn2_bench.subsets import check_count, drawn, random_parts
 from suites.lra.items import Split
 from suites.lra.places import Place
-
-COUNTS = {"train": 50_000, "test": 10_000}
-EMPTY = "zero-byte file"
 
 
 @dataclass(frozen=True)

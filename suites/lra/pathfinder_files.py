@@ -10,7 +10,7 @@ import numpy as np
 
 from hgrn2_bench.config import require
 from hgrn2_bench.errors import DataError
-from hgrn2_bench.images import decode_image
+from hgrn2_bench.images import EMPTY, decode_image
 from hgrn2_bench.subsets import check_count, drawn, random_parts
 from suites.lra.items import Split
 from suites.lra.pathfinder_metadata import LEAST_AGREEMENT, Line, foreign_contours, margin_agreement, metadata, size_of
@@ -22,7 +22,6 @@ DIFFICULTY = "curv_contour_length_14"
 """The one that everybody reports."""
 KNOWN_EMPTY = {("pathfinder32", "curv_baseline", "imgs/0/sample_172.png")}
 """Empty in the published archive."""
-EMPTY = "zero-byte file"
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def read_pathfinder(place: Place, options: PathfinderOptions) -> dict[str, Split
     if not held_out:
         raise DataError(f"{folder}: {len(lines)} images, too few to keep {options.held_out:g} of them for validation")
     parts = random_parts((len(lines) - 2 * held_out, held_out, held_out), options.seed)
-    size = RESOLUTIONS[place.task]
+    size = RESOLUTIONS[place.what]
     _refuse_foreign(folder, lines, size)
     splits = {}
     for split, part in zip(("train", "val", "test"), parts, strict=True):

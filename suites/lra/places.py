@@ -8,7 +8,7 @@ from pathlib import Path
 from hgrn2_bench import reviews
 from hgrn2_bench.cifar import CIFAR10, FOLDERS, locate_batches, locate_folders
 from hgrn2_bench.errors import ConfigError, DataError
-from hgrn2_bench.files import files_in, folders, only_copy, subfolders
+from hgrn2_bench.files import Copy, Files, files_in, folders, only_copy, subfolders
 from hgrn2_bench.rows import has_column, parquet_footer, shards
 
 EXPECTED = {
@@ -25,30 +25,13 @@ CLASSES = CIFAR10.classes
 CLOSED = {"imgs", "metadata", "train", "test", "pos", "neg", "unsup"}
 """Folders of items, which are many: never searched for further data."""
 
-Files = dict[str, tuple[Path, ...]]
-"""By split."""
 
-
-@dataclass(frozen=True)
-class Place:
+class Place(Copy):
     """One copy of one task's data."""
 
-    task: str
-    layout: str
-    """In words: `aclImdb folders`, `parquet`."""
-    folder: Path
-    files: Files
-    """Files of each split that is there; for layouts of many small files the folder of the split."""
-
-    def __str__(self) -> str:
-        """`DIR (aclImdb folders)`."""
-        return f"{self.folder} ({self.layout})"
-
-    def of(self, split: str) -> tuple[Path, ...]:
-        """The files of a split. DataError where it is missing."""
-        if not self.files.get(split):
-            raise DataError(f"{self.folder}: no {split} split of {self.task} in {self.layout}; expected {EXPECTED[self.task]}")
-        return self.files[split]
+    def lacks(self, split: str) -> str:
+        """What to say where a split is missing."""
+        return f"{self.folder}: no {split} split of {self.what} in {self.layout}; expected {EXPECTED[self.what]}"
 
 
 @dataclass(frozen=True)
@@ -61,7 +44,7 @@ class Found:
 
     def of(self, task: str) -> list[Place]:
         """All copies of a task's data."""
-        return [place for place in self.places if place.task == task]
+        return [place for place in self.places if place.what == task]
 
 
 def find(root: Path, task: str) -> Place:
@@ -119,7 +102,7 @@ def _folders_of_items(folder: Path) -> Iterator[Place]:
     splits: Files = {split: (folder / split,) for split in ("train", "test") if (folder / split).is_dir()}
     inside = {path.name for paths in splits.values() for path in subfolders(paths[0])}
     if inside & {"pos", "neg"}:
-        yield Place("text", "aclImdb folders", folder, splits)
+        yield Place("text", reviews.FOLDERS, folder, splits)
     elif cifar := locate_folders(CIFAR10, folder):
         yield Place("image", FOLDERS, folder, cifar)
     there: Files = {path.name: (path,) for path in _difficulties(folder)}

@@ -7,13 +7,11 @@ from functools import partial
 import numpy as np
 
 from hgrn2_bench.config import require
-from hgrn2_bench.reviews import review_rows
+from hgrn2_bench.reviews import COUNTS, review_rows
 from hgrn2_bench.subsets import check_count, drawn, permutation
 from suites.lra.characters import Row, count_vocabulary, encode
 from suites.lra.items import Split
 from suites.lra.places import Place
-
-COUNTS = {"train": 25_000, "test": 25_000}
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 from hgrn2_bench.doctor import NOTE, OK, PROBLEM, Finding, counted
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.reviews import EXPECTED as REVIEWS_EXPECTED
-from hgrn2_bench.reviews import find_reviews
 from suites.wikitext import counts, fairseq
 from suites.wikitext.places import (
     EXPECTED,
     SPLITS,
     Place,
+    find_imdb,
     holds_words,
     is_named_2,
     locate_bpe,
@@ -144,13 +144,12 @@ def _text(place: Place) -> Iterator[Finding]:
 def _reviews(root: Path) -> Iterator[Finding]:
     """Whether the folder has IMDB's reviews, all of them."""
     try:
-        found = find_reviews(root)
+        place = find_imdb(root)
     except ConfigError as error:
         is_absent = str(error).startswith("no data of the IMDB reviews")
         yield Finding(NOTE, "imdb: not here", f"expected {REVIEWS_EXPECTED}") if is_absent else Finding(PROBLEM, f"imdb: {error}")
         return
-    place = Place("imdb", "reviews", found.layout, found.folder, found.files)
-    yield Finding(OK, f"imdb: found {found}")
+    yield Finding(OK, f"imdb: found {place.folder} ({place.layout})")
     for split in SPLITS:
         try:
             lines = count(read_lines(place, split)).lines

@@ -2,12 +2,12 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hgrn2_bench.errors import DataError
-from hgrn2_bench.files import check_data_folder, only_copy, searched
+from hgrn2_bench.files import Copy, check_data_folder, only_copy, searched
 from hgrn2_bench.reviews import find_reviews
 from hgrn2_bench.rows import has_column, parquet_footer, parquet_rows, shards
 from suites.wikitext.counts import UNKNOWN
@@ -35,21 +35,13 @@ DICTIONARY_HEAD = 1000
 CLOSED = {"imgs", "metadata", "pos", "neg", "unsup"}
 """Folders of items, which are many: never searched for texts."""
 
-Files = Mapping[str, tuple[Path, ...]]
-"""By split."""
-
 
 @dataclass(frozen=True)
-class Place:
-    """One copy of one text."""
+class Place(Copy):
+    """One copy of one text; its layout is `lines`, `json`, `parquet`, `fairseq`, or one of reviews."""
 
-    dataset: str
     form: str
     """`tokens` or `raw` (what WikiText's words are), `bin` (ids already), `text`, `reviews`."""
-    layout: str
-    """How to read it: `lines`, `json`, `parquet`, `fairseq`, or a layout of reviews."""
-    folder: Path
-    files: Files
 
     def __str__(self) -> str:
         """`DIR (tokens)`."""
@@ -60,19 +52,16 @@ class Place:
         """Splits that are not there."""
         return [split for split in SPLITS if not self.files.get(split)]
 
-    def of(self, split: str) -> tuple[Path, ...]:
-        """The files of a split. DataError where it is missing."""
-        if not self.files.get(split):
-            raise DataError(f"{self.folder}: no {split} split ({self.form}); expected {EXPECTED.get(self.dataset, '')}")
-        return self.files[split]
+    def lacks(self, split: str) -> str:
+        """What to say where a split is missing."""
+        return f"{self.folder}: no {split} split ({self.form}); expected {EXPECTED.get(self.what, '')}"
 
 
 def find(root: Path, dataset: str, tokenizer: str) -> Place:
     """The copy of a text that a tokenizer reads. ConfigError where there is none, or more than one to choose from."""
     check_data_folder(root, dataset)
     if dataset == "imdb":
-        found = find_reviews(root)
-        return Place("imdb", "reviews", found.layout, found.folder, found.files)
+        return find_imdb(root)
     if dataset == "text":
         sets = list(locate_texts(root))
         lacking = [f"{place} has no {' and no '.join(place.missing)} split" for place in sets if place.missing]
@@ -86,6 +75,12 @@ def find(root: Path, dataset: str, tokenizer: str) -> Place:
     remarks = [f"found {place}, which tokenizer={tokenizer} cannot read" for place in named]
     remarks += [f"{place.folder} has files of WikiText-2" for place in locate_transfer(root) if is_named_2(place.of("test")[0], root)]
     return only_copy([], root, dataset, EXPECTED[dataset], remarks)
+
+
+def find_imdb(root: Path) -> Place:
+    """The only copy of IMDB's reviews. ConfigError where there is none, or more than one to choose from."""
+    found = find_reviews(root)
+    return Place("imdb", found.layout, found.folder, found.files, "reviews")
 
 
 def find_transfer(root: Path) -> Place:
@@ -107,19 +102,18 @@ def locate_wikitext(root: Path) -> Iterator[Place]:
         for form in ("tokens", "raw"):
             there = {WORDS[word]: (names[name],) for word in ("train", "valid", "test") if (name := f"wiki.{word}.{form}") in names}
             if there:
-                yield Place("wikitext103", form, "lines", folder, there)
+                yield Place("wikitext103", "lines", folder, there, form)
         pairs = {
             WORDS[word]: (names[f"{word}.bin"], names[f"{word}.idx"])
             for word in ("train", "valid", "test")
             if {f"{word}.bin", f"{word}.idx"} <= set(names)
         }
         if pairs:
-            yield Place("wikitext103", "bin", "fairseq", folder, pairs)
+            yield Place("wikitext103", "fairseq", folder, pairs, "bin")
         for shard in shards(files, WORDS, ("parquet",)):
             if set(shard) == set(SPLITS) and all(_is_text_alone(path) for paths in shard.values() for path in paths):
-                yield Place(
-                    "wikitext103", _form(shard["validation"]), "parquet", folder, {split: tuple(paths) for split, paths in shard.items()}
-                )
+                whole = {split: tuple(paths) for split, paths in shard.items()}
+                yield Place("wikitext103", "parquet", folder, whole, _form(shard["validation"]))
 
 
 def locate_texts(root: Path) -> Iterator[Place]:
@@ -131,7 +125,7 @@ def locate_texts(root: Path) -> Iterator[Place]:
             name = there["train"][0].name
             layout = "parquet" if name.endswith("parquet") else "json" if ".jsonl" in name else "lines"
             if layout != "parquet" or all(has_column(parquet_footer(path), "text") for paths in there.values() for path in paths):
-                yield Place("text", "text", layout, folder, {split: tuple(paths) for split, paths in there.items()})
+                yield Place("text", layout, folder, {split: tuple(paths) for split, paths in there.items()}, "text")
 
 
 def locate_transfer(root: Path) -> Iterator[Place]:
@@ -141,7 +135,7 @@ def locate_transfer(root: Path) -> Iterator[Place]:
         for pattern in ("wiki.{}.tokens", "wikitext2_{}.tokens"):
             pair = {WORDS[word]: (names[pattern.format(word)],) for word in ("valid", "test") if pattern.format(word) in names}
             if len(pair) > 1:
-                yield Place("transfer", "tokens", "lines", folder, pair)
+                yield Place("transfer", "lines", folder, pair, "tokens")
 
 
 def locate_bpe(root: Path) -> Iterator[tuple[Path, ...]]:

@@ -1,36 +1,17 @@
 """The wikitext suite's presets: every number of a protocol, each with its source. Imports neither torch nor numpy."""
 
+from hgrn2_bench.markov_recipe import RECALL
 from hgrn2_bench.protocol import Preset
 from suites.wikitext.sizes import EXPAND_RATIOS, PUBLISHED, PUBLISHED_WIDTHS, SIZES
 
 RATIOS = ",".join(map(str, EXPAND_RATIOS))
-RECALL = (
-    # What makes a two-layer model learn to recall within CPU minutes (as in suite mqar): embeddings of standard deviation 1, a head of
-    # their own, a convolution, slow decay. The same for all.
-    "dataset=markov",
-    "conv=4",
-    "positions=none",
-    "attention.positions=rope",  # without positions it takes the values of two documents in one block for each other's
-    "channel_mixer=none",
-    "tie_embeddings=false",
-    "embed_std=1.0",
-    "forget_bias=3.0",
-    "gla.num_heads=1",
-    "lr=1e-2",
-    "weight_decay=0.1",
-    "clip=1.0",
-    "schedule=cosine",
-    "warmup=0.1",
-    "batch_size=32",
-    "dtype=float32",
-    "seed=0",
-)
 
 TEST = Preset(
     summary="the whole path in seconds: a source of 16 symbols, one layer of width 16, 20 steps; no model learns anything",
     source="ours: for the contract test",
     words=(
         "model=hgrn2,attention",
+        "dataset=markov",
         *RECALL,
         "symbols=16",
         "facts=2",
@@ -52,6 +33,7 @@ SMOKE = Preset(
     source="ours: 600 steps are what GLA needs to recall on every seed tried",
     words=(
         "model=hgrn2,gla,mamba2,attention",
+        "dataset=markov",
         *RECALL,
         "symbols=32",
         "facts=4",
@@ -62,6 +44,7 @@ SMOKE = Preset(
         "d_model=64",
         "num_layers=2",
         "hgrn2.expand_ratio=64",
+        "batch_size=32",
         "train_tokens=2_457_600",
     ),
     tasks={"markov": ()},

@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from hgrn2_bench.errors import DataError
+from hgrn2_bench.reviews import COUNTS as REVIEWS
 from hgrn2_bench.reviews import UNLABELLED, review_rows
-from hgrn2_bench.rows import json_rows, parquet_rows
+from hgrn2_bench.rows import objects
 from suites.wikitext.counts import UNKNOWN, Counted
 from suites.wikitext.places import Place
 
 BATCH_BYTES = 1 << 20
 """Of lines held at once, or one line where it is longer."""
-REVIEWS = {"train": 25_000, "test": 25_000}
-"""Labelled reviews of IMDB's files."""
 HELD_OUT = 1_000
 """Of the shuffled training reviews, the last so many are the validation split."""
 SHUFFLE_SEED = 0
@@ -30,16 +29,16 @@ def read_lines(place: Place, split: str) -> Iterator[Batch]:
 
     A row of a table and a review are a document: its lines, with one end of line after the last.
     """
-    if place.dataset == "imdb":
+    if place.what == "imdb":
         yield from _batches(_reviews(place, split))
         return
     for path in place.of(split):
         if not path.stat().st_size:
             raise DataError(f"{path}: empty: copy it again")
         if place.layout == "lines":
-            yield from _file_lines(path, is_wikitext=place.dataset != "text")
+            yield from _file_lines(path, is_wikitext=place.what != "text")
         else:
-            yield from _batches(_documents(path, place.layout, blank=" \n" if place.dataset == "wikitext103" else "\n"))
+            yield from _batches(_documents(path, blank=" \n" if place.what == "wikitext103" else "\n"))
 
 
 def count(batches: Iterable[Batch]) -> Counted:
@@ -81,15 +80,11 @@ def _undecodable(lines: list[bytes]) -> int:
     return len(lines)
 
 
-def _documents(path: Path, layout: str, blank: str) -> Iterator[str]:
+def _documents(path: Path, blank: str) -> Iterator[str]:
     """Texts of a table; an empty one is a blank line."""
-    rows = (
-        ((f"{path}:{i}", text) for i, (text,) in json_rows(path, ("text",)))
-        if layout == "json"
-        else ((f"{path}, row {i}", text) for i, (text,) in enumerate(parquet_rows(path, ("text",))))
-    )
     is_empty = True
-    for where, text in rows:
+    for where, row in objects(path, ("text",)):
+        text = row["text"]
         if not isinstance(text, str):
             raise DataError(f"{where}: text is {type(text).__name__}, expected a string")
         if not _is_unicode(text):

@@ -119,11 +119,11 @@ def _stored(folder: Path, place: Place, splits: Sequence[str], tokenizer: Tokeni
 def _folder(place: Place, tokenizer: str) -> Path:
     """Where a text is kept; files that changed in their middle alone are told by their times."""
     times = [path.stat().st_mtime_ns for paths in place.files.values() for path in paths]
-    key = {"rules": RULES, "dataset": place.dataset, "files": _place_fingerprint(place), "times": times, "tokenizer": tokenizer}
+    key = {"rules": RULES, "dataset": place.what, "files": _place_fingerprint(place), "times": times, "tokenizer": tokenizer}
     if tokenizer == "gpt2":
         vocabulary, merges, _ = read_bpe(data_folder())
         key["bpe"] = bpe_hash(vocabulary, merges)
-    return folder_of(cache_folder("wikitext"), place.dataset, key)
+    return folder_of(cache_folder("wikitext"), place.what, key)
 
 
 def _tokenizer(place: Place, name: str, folder: Path) -> Tokenizer:
@@ -134,7 +134,7 @@ def _tokenizer(place: Place, name: str, folder: Path) -> Tokenizer:
         return Bpe(*read_bpe(data_folder()))
     words = arrays.stored_words(folder, lambda: count_words(read_lines(place, "train")))
     types = len(words) + 2  # <unk> and the end of line
-    if place.dataset == "wikitext103" and types != counts.TYPES:
+    if place.what == "wikitext103" and types != counts.TYPES:
         warnings.warn(f"{place}: {types:,} types, the literature has {counts.TYPES:,}", stacklevel=2)
     return Words(words)
 
@@ -147,7 +147,7 @@ def _card(place: Place, tokenizer: Tokenizer) -> dict[str, str]:
         "end of line": tokenizer.end_of_line,
         "word": WORD,
     }
-    if place.dataset == "imdb":
+    if place.what == "imdb":
         card["text"] = "IMDB reviews, a line each"
         card["validation"] = f"the last {HELD_OUT} training reviews, shuffled with seed {SHUFFLE_SEED}"
     return card

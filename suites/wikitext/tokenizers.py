@@ -17,11 +17,11 @@ import numpy as np
 
 from hgrn2_bench.errors import ConfigError, DataError
 from hgrn2_bench.rows import needed
-from hgrn2_bench.text_tokenizers import Vocabulary
+from hgrn2_bench.text_tokenizers import END, UNKNOWN, Vocabulary
 from suites.wikitext.places import locate_bpe
 from suites.wikitext.readers import Batch
 
-SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+SPECIALS = ("<s>", "<pad>", END, UNKNOWN)
 EOS, UNK = 2, 3
 MULTIPLE = 8
 INSTALL = 'pip install "hgrn2_bench[wikitext]"'

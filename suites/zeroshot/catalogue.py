@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hgrn2_bench.errors import ConfigError, unknown
-
-INSTALL = 'pip install "hgrn2_bench[zeroshot]"'
+from hgrn2_bench.hub import INSTALL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +27,6 @@ class Known:
     """Whether the size was counted in real files; else it is the literature's."""
     rule: str = "acc"
     """The metric that is the task's score."""
-    column: str = ""
-    """Of the HGRN2 table."""
     folders: tuple[str, ...] = ()
     """Further names of folders in which its files come."""
     is_generated: bool = False
@@ -54,12 +51,12 @@ RULER = (
 """Members of lm-eval's group `ruler` (arXiv 2404.06654)."""
 TASKS: Mapping[str, Known] = {
     # the columns of the zero-shot table of arXiv 2404.07904; which accuracy each holds is inferred: length-normalised where usual
-    "piqa": Known(split="validation", size=1838, is_counted=True, column="PIQA", folders=("physicaliqa_train_dev",)),
-    "hellaswag": Known(split="validation", size=10042, rule="acc_norm", column="Hella."),
-    "winogrande": Known(split="validation", size=1267, column="Wino.", folders=("winogrande_xl",)),
-    "arc_easy": Known(split="test", size=2376, column="ARC-e"),
-    "arc_challenge": Known(split="test", size=1172, rule="acc_norm", column="ARC-c"),
-    "openbookqa": Known(split="test", size=500, rule="acc_norm", column="OBQA"),
+    "piqa": Known(split="validation", size=1838, is_counted=True, folders=("physicaliqa_train_dev",)),
+    "hellaswag": Known(split="validation", size=10042, rule="acc_norm"),
+    "winogrande": Known(split="validation", size=1267, folders=("winogrande_xl",)),
+    "arc_easy": Known(split="test", size=2376),
+    "arc_challenge": Known(split="test", size=1172, rule="acc_norm"),
+    "openbookqa": Known(split="test", size=500, rule="acc_norm"),
     "lambada_openai": Known(split="test", size=5153, is_counted=True),
     "boolq": Known(split="validation", size=3270),
     "sciq": Known(split="test", size=1000),
@@ -70,8 +67,6 @@ TASKS: Mapping[str, Known] = {
     "squad_completion": Known(split="validation", rule="contains", folders=("based_squad",)),
     **{name: Known(split="test", rule="", is_generated=True) for name in RULER},
 }
-SIX = tuple(name for name, known in TASKS.items() if known.column)
-"""Those of the HGRN2 table."""
 GROUPS: Mapping[str, tuple[str, ...]] = {"ruler": RULER}
 
 HEAD = re.compile(rb"^[\"']?(task|group|tag|class|include)[\"']?[ \t]*:[ \t]*(.*(?:\n[ \t]*-[ \t].*)*)", re.MULTILINE)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hgrn2_bench.doctor import NOTE, OK, PROBLEM, Finding, counted
 from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.files import SplitFiles
+from hgrn2_bench.files import Copy
 from suites.zeroshot import schemas
 from suites.zeroshot.catalogue import RULER, TASKS, packaged
 from suites.zeroshot.places import SPLITS, content_hash, is_of, locate, pick, plain, wanted
@@ -26,7 +26,7 @@ def findings(root: Path) -> Iterator[Finding]:
     yield Finding(NOTE, f"{', '.join(RULER[:2])} and the rest of RULER need no files", "they are drawn with the model's own tokenizer")
 
 
-def _task(name: str, there: Sequence[SplitFiles], root: Path) -> Iterator[Finding]:
+def _task(name: str, there: Sequence[Copy], root: Path) -> Iterator[Finding]:
     """What is there of one task."""
     try:
         found = pick(there, root, name)
@@ -42,7 +42,7 @@ def _task(name: str, there: Sequence[SplitFiles], root: Path) -> Iterator[Findin
         yield _split(name, found, split)
 
 
-def _split(name: str, found: SplitFiles, split: str) -> Finding:
+def _split(name: str, found: Copy, split: str) -> Finding:
     """Whether a split can be read; the scored one also whether it is whole."""
     is_scored = split == TASKS[name].split
     try:
@@ -57,7 +57,7 @@ def _split(name: str, found: SplitFiles, split: str) -> Finding:
     return Finding(OK, f"{name} {split}: {counted(items, 'item')}{known} ({found}), {use}")
 
 
-def _others(there: Sequence[SplitFiles]) -> Iterator[Finding]:
+def _others(there: Sequence[Copy]) -> Iterator[Finding]:
     """Files with the names of tasks that only lm-eval knows; none where it is not installed."""
     try:
         known = {plain(name): name for name in packaged().files}

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from hgrn2_bench.errors import ConfigError, unknown
+from suites.zeroshot.settings import BOS_RULES
 
-POLICIES = ("auto", "always", "never")
 Encoded = tuple[list[int], list[int]]
 
 
@@ -18,8 +18,8 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, bos: str) -> None:
         """ConfigError for an unknown rule, and for a tokenizer that says neither which token begins a text nor which ends one."""
-        if bos not in POLICIES:
-            raise unknown("bos", bos, POLICIES)
+        if bos not in BOS_RULES:
+            raise unknown("bos", bos, BOS_RULES)
         self.tokenizer, self.bos = tokenizer, bos
         begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
         if begin is None and end is None:

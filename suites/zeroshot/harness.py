@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from hgrn2_bench.engine import SkippedError
 from hgrn2_bench.protocol import Metric
@@ -23,6 +23,7 @@ from suites.zeroshot.network import no_code
 from suites.zeroshot.packaged import Loaded, Request, load
 from suites.zeroshot.quiet import compiled_once, quiet, seeded
 from suites.zeroshot.scores import FRACTION, Scored, docs_hash, group_score, measure
+from suites.zeroshot.settings import ZeroshotConfig
 
 ITEMS = "items.jsonl.xz"
 """In the cell's folder: what the model answered to each item."""
@@ -32,25 +33,6 @@ UNSCORED = ("skipped", "too_long")
 """What leaves an item out: truncation=skip, and an answer that alone is longer than all that the model reads."""
 ABSENT = -1.0
 """RULER's score of an item under another length than its own."""
-
-
-class Asked(Protocol):
-    """What of a cell's settings decides how it is asked."""
-
-    @property
-    def lm_task(self) -> str: ...  # noqa: D102
-    @property
-    def limit(self) -> int: ...  # noqa: D102
-    @property
-    def fewshot(self) -> int: ...  # noqa: D102
-    @property
-    def max_length(self) -> int: ...  # noqa: D102
-    @property
-    def weighting(self) -> str: ...  # noqa: D102
-    @property
-    def bos(self) -> str: ...  # noqa: D102
-    @property
-    def truncation(self) -> str: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -68,7 +50,7 @@ class Outcome:
     """Items that were left out, and are in no denominator."""
 
 
-def evaluate(lm: Any, config: Asked, folder: Path | None, own: Path | None = None) -> Outcome:
+def evaluate(lm: Any, config: ZeroshotConfig, folder: Path | None, own: Path | None = None) -> Outcome:
     """Ask a model all items of a task or group; records of the items go to `folder`, task files written at run time are in `own`.
 
     SkippedError where a task has no data, naming the files it wants; of a group those members are named before the others run.
@@ -130,8 +112,8 @@ def _asked(lm: Any, loaded: Loaded, limit: int) -> dict[str, list[dict[str, Any]
 
 def _told(lm: Any) -> dict[str, Any]:
     """What the model says of its scoring; of several processes that of the first, with the items of all."""
-    own: dict[str, Any] = dict(lm.told()) if hasattr(lm, "told") else {}
-    everyone = lm.gather_object(own, dst=0) if lm.world_size > 1 else [own]
+    own: dict[str, Any] = dict(lm.told())
+    everyone = lm.gather_object(own, dst=0)
     items: dict[str, list[dict[str, Any]]] = {}
     for each in everyone or ():
         for kind, those in each.get("items", {}).items():
@@ -139,7 +121,7 @@ def _told(lm: Any) -> dict[str, Any]:
     return {**own, "items": items}
 
 
-def _scored(name: str, task: Any, items: Sequence[Mapping[str, Any]], config: Asked) -> Scored:
+def _scored(name: str, task: Any, items: Sequence[Mapping[str, Any]], config: ZeroshotConfig) -> Scored:
     """A task's metrics over its items, by the functions that lm-eval has for them.
 
     What is told of them holds for every model, whichever token its tokenizer begins a text with: models share a table by it.

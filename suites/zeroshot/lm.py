@@ -23,10 +23,12 @@ from tqdm import tqdm
 
 from hgrn2_bench import files, hub
 from hgrn2_bench.errors import ConfigError
-from suites.zeroshot import generation, invariance, loading
+from suites.zeroshot import generation, loading
 from suites.zeroshot.encoding import Encoder
+from suites.zeroshot.invariance import Found, check
 from suites.zeroshot.options import Options
 from suites.zeroshot.ranks import Ranks
+from suites.zeroshot.reading import Ours
 from suites.zeroshot.scoring import CERTAIN, IMPOSSIBLE, Pair, Score, Scorer, fitted
 from suites.zeroshot.store import Store, key_of
 
@@ -38,6 +40,12 @@ SKIPPED = Score(math.nan, False)
 
 class BenchLM(TemplateLM):
     """A causal language model of a folder, of the hub, or one in memory, as lm-eval asks it."""
+
+    seconds = 0.0
+    """That its requests took."""
+    invariance: Found | None = None
+    """What the check saw, once it was made."""
+    _autocast: torch.dtype | None = None
 
     def __init__(
         self,
@@ -60,28 +68,25 @@ class BenchLM(TemplateLM):
         if bool(pretrained) == (model is not None):
             raise ConfigError("give pretrained=DIR, a folder or a name on the Hugging Face hub")
         self.ranks = Ranks()
-        identity, self._autocast = "", None
+        identity = ""
         if model is None:
-            self._device = torch.device(self.options.device or self.ranks.device)
-            own, identity = loading.is_own_folder(pretrained), identity_of(hub.folder_of(str(pretrained)))
-            model, found = loading.load(pretrained, self.options.backend, str(self._device), self.options.dtype)
+            folder = hub.folder_of(str(pretrained))
+            own, identity = loading.is_own_folder(folder), identity_of(folder)
+            model, found = loading.load(folder, self.options.backend, self.options.device or self.ranks.device, self.options.dtype)
             tokenizer = tokenizer or found
         elif self.options.dtype != "auto":
             self._autocast = loading.dtype_of({}, self.options.dtype, "cpu")
         self.model, self.tokenizer = model, tokenizer
         self.reader = loading.reader_of(model, tokenizer, self.options.max_length)
         self._device = self.reader.device
-        is_ours = own and hasattr(model, "hidden")
+        is_ours = own and isinstance(self.reader, Ours)
         self.encoder = Encoder(tokenizer, "always" if is_ours and self.options.bos == "auto" else self.options.bos)
         self.scorer = Scorer(self.reader, self.options.limits(self.reader))
         self.stored = Store(None if store is None else Path(store))
         self._asked_as = (identity, self.encoder.bos, self.options.truncation, self.max_length)
-        self._checked = None if self.options.check else True
-        self.invariance: invariance.Found | None = None
-        self.counts: Counter[str] = Counter()
+        self._is_checked = not self.options.check
         self.noted: dict[str, list[dict[str, Any]]] = {"truncated": [], "skipped": [], "empty": [], "too_long": []}
-        self.warnings: list[str] = []
-        self.seconds = 0.0
+        self.counts, self.warnings = Counter[str](), list[str]()
 
     @property
     def max_length(self) -> int:
@@ -102,11 +107,6 @@ class BenchLM(TemplateLM):
     def batch_size(self) -> int | str:
         """Requests of a pass."""
         return self.options.rows or "auto"
-
-    @property
-    def max_gen_toks(self) -> int:
-        """New tokens where a request does not say."""
-        return generation.MAX_GEN_TOKENS
 
     @property
     def rank(self) -> int:
@@ -242,10 +242,10 @@ class BenchLM(TemplateLM):
 
     def _check_once(self, pairs: Sequence[Pair]) -> None:
         """The first time, see that batches do not matter."""
-        if self._checked is None and pairs:
+        if pairs and not self._is_checked:
             dtype = self._autocast or next(self.model.parameters()).dtype
-            self.invariance = invariance.check(self.reader, pairs, self.max_length, dtype)
-            self._checked = True
+            self.invariance = check(self.reader, pairs, self.max_length, dtype)
+            self._is_checked = True
 
     def _warn_of_guessing(self, found: Sequence[tuple[Pair, Score]]) -> None:
         """Say so where the model is worse than one that takes every token for equally likely."""
@@ -318,14 +318,14 @@ class BenchLM(TemplateLM):
 
     def told(self) -> dict[str, Any]:
         """What scoring saw and did: counts, the requests that were not scored as they stand, the check, and what was saved."""
-        check = self.invariance
+        found = self.invariance
         counts = {kind: len(items) for kind, items in self.noted.items()}
         return {
             "requests": self.counts["requests"],
             "stored": self.counts["stored"],
             **counts,
             "items": {kind: items for kind, items in self.noted.items() if items},
-            "invariance": None if check is None else check._asdict(),
+            "invariance": None if found is None else found._asdict(),
             "seconds": self.seconds,
             "tokens": self.scorer.read,
             "tokens_saved": self.scorer.saved,

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from hgrn2_bench import checkpoints, hub, registry, trained, weights
+from hgrn2_bench import checkpoints, fla_models, hub, registry, trained, weights
 from hgrn2_bench.backends import resolve_backend
-from hgrn2_bench.errors import ConfigError, DataError, unknown
+from hgrn2_bench.errors import ConfigError, DataError, one_line, unknown
 from hgrn2_bench.rows import needed
 from hgrn2_bench.text_tokenizers import FILES, tokenizer_files_of
 from suites.zeroshot.reading import Foreign, Ours
@@ -25,19 +25,17 @@ KEYS = ("dtype", "torch_dtype")
 """Where config.json says in which type the weights were published; the first counts."""
 
 
-def load(ref: str | Path, backend: str = "auto", device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
-    """The model of a folder or of a name on the hub, in eval mode, and its tokenizer.
+def load(folder: Path, backend: str = "auto", device: str = "cpu", dtype: str = "auto") -> tuple[Any, Any]:
+    """The model of a folder, in eval mode, and its tokenizer.
 
     All weights get the type `dtype`, as in lm-eval's own `hf` model. `auto` is on a GPU the type that config.json names, on a CPU float32:
     half precision is no faster there. ConfigError or DataError, one line, where something is missing or cannot run.
     """
-    folder = hub.folder_of(str(ref))
     content = weights.read_config(folder)
     tokenizer = tokenizer_of(folder)
     kind = dtype_of(content, dtype, device)
-    if is_own(content) or content.get("model_type") == "hgrn2":
-        name = trained.read_card(folder).model if is_own(content) else "hgrn2"
-        resolved = resolve_backend(backend, torch.device(device).type, *_mixers(name, folder, content))
+    if not trained.is_foreign(content):
+        resolved = resolve_backend(backend, torch.device(device).type, *_mixers(folder, content))
         return checkpoints.load(folder, resolved, device).to(kind), tokenizer
     if backend != "auto":
         raise ConfigError(f"backend={backend} has no effect on {folder}: transformers runs it; leave backend out")
@@ -45,22 +43,18 @@ def load(ref: str | Path, backend: str = "auto", device: str = "cpu", dtype: str
     return _foreign(folder, content, kind).to(device).eval(), tokenizer
 
 
-def is_own(content: dict[str, Any]) -> bool:
-    """Whether a config.json is of a checkpoint of ours."""
-    return "model_type" not in content
-
-
-def is_own_folder(ref: str | Path) -> bool:
+def is_own_folder(folder: Path) -> bool:
     """Whether a folder holds a checkpoint of ours."""
-    return is_own(weights.read_config(hub.folder_of(str(ref))))
+    return trained.is_own(weights.read_config(folder))
 
 
-def _mixers(name: str, folder: Path, content: dict[str, Any]) -> list[registry.Model]:
-    """All mixers of a model: the parts of a hybrid, and that of the first layer."""
-    model = registry.model(name)
-    first = content.get("model_config", {}).get("first_layer", "none")
-    parts = model.parts(trained.read_card(folder).settings) if is_own(content) else ()
-    return [*(parts or (model,)), *registry.first_layer(first)]
+def _mixers(folder: Path, content: dict[str, Any]) -> list[registry.Model]:
+    """All mixers of a model of ours, the parts of a hybrid and that of the first layer among them; of fla's folders HGRN2."""
+    if not trained.is_own(content):
+        return [registry.model(content["model_type"])]
+    card = trained.read_card(folder)
+    model = registry.model(card.model)
+    return [*(model.parts(card.settings) or (model,)), *registry.first_layer(content["model_config"].get("first_layer", "none"))]
 
 
 def dtype_of(content: dict[str, Any], name: str, device: str) -> torch.dtype:
@@ -77,16 +71,16 @@ def dtype_of(content: dict[str, Any], name: str, device: str) -> torch.dtype:
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer of a folder. DataError, one line, where there is none or it is damaged."""
     library, content = needed("transformers", "transformers", f"{folder}: its tokenizer", hub.INSTALL), weights.read_config(folder)
-    if is_own(content) and not (folder / FILES[0]).is_file() and tokenizer_files_of(card := trained.read_card(folder).tokenizer):
+    if trained.is_own(content) and not (folder / FILES[0]).is_file() and tokenizer_files_of(card := trained.read_card(folder).tokenizer):
         return tokenizer_of_card(card)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")):
+    if not fla_models.tokenizer_files(folder):
         raise DataError(f"{folder} has no tokenizer (tokenizer.json): copy the one that the model was trained with there")
     try:
-        if is_own(content):
+        if trained.is_own(content):
             return library.PreTrainedTokenizerFast.from_pretrained(folder)
         return library.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the libraries have no narrower one
-        raise DataError(f"{folder}: its tokenizer cannot be read ({_line(error)}): copy its files again") from None
+        raise DataError(f"{folder}: its tokenizer cannot be read ({one_line(error)[:200]}): copy its files again") from None
 
 
 def tokenizer_of_card(card: Mapping[str, str]) -> Any:
@@ -120,11 +114,7 @@ def _foreign(folder: Path, content: dict[str, Any], dtype: torch.dtype) -> Any:
     try:
         return library.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, use_safetensors=True, dtype=dtype)
     except Exception as error:  # a missing class, a field of another kind, a damaged file: each has a class of its own
-        raise DataError(f"{folder}: transformers cannot load it as a causal language model ({_line(error)})") from None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+        raise DataError(f"{folder}: transformers cannot load it as a causal language model ({one_line(error)[:200]})") from None
 
 
 def reader_of(model: Any, tokenizer: Any, max_length: int = 0) -> Ours | Foreign:

@@ -6,6 +6,7 @@ from typing import Any
 from hgrn2_bench.errors import ConfigError, unknown
 from suites.zeroshot.reading import Foreign, Ours
 from suites.zeroshot.scoring import Limits
+from suites.zeroshot.settings import TRUNCATIONS
 
 MAX_TOKENS = {"cuda": 2**18, "cpu": 2**15}
 """Padded tokens of a pass, whatever the batch size."""
@@ -37,8 +38,8 @@ class Options:
     """lm-eval gives it; it has no effect."""
 
     def __post_init__(self) -> None:
-        if self.truncation not in ("left", "skip"):
-            raise unknown("truncation", self.truncation, ["left", "skip"])
+        if self.truncation not in TRUNCATIONS:
+            raise unknown("truncation", self.truncation, TRUNCATIONS)
 
     @classmethod
     def of(cls, words: dict[str, Any]) -> "Options":

@@ -17,12 +17,13 @@ from typing import Any
 
 from hgrn2_bench.caching import locked
 from hgrn2_bench.engine import SkippedError
-from hgrn2_bench.errors import ConfigError
-from hgrn2_bench.files import SplitFiles, cache_folder, data_folder
+from hgrn2_bench.errors import ConfigError, one_line
+from hgrn2_bench.files import Copy, cache_folder, data_folder
+from hgrn2_bench.hub import INSTALL
 from suites.zeroshot import schemas
-from suites.zeroshot.catalogue import INSTALL, TASKS, config_of, members, packaged, scored_split
+from suites.zeroshot.catalogue import TASKS, config_of, members, packaged, scored_split
 from suites.zeroshot.network import no_code, reachable_only
-from suites.zeroshot.places import locate, pick, wanted
+from suites.zeroshot.places import copies, wanted
 from suites.zeroshot.quiet import FEWSHOT_SEED, seeded, silent
 
 READER = "suites.zeroshot.packaged.local_rows"
@@ -143,8 +144,7 @@ def _whole(request: Request) -> Loaded:
 def _known(request: Request, names: Sequence[str], lm: Any, scratch: Path) -> Loaded:
     """Tasks and groups that lm-eval has in files of their own."""
     root = data_folder()
-    located = locate(root) if root.is_dir() else []
-    local = {name: found for name in names if (found := pick(located, root, name)) and (len(names) == 1 or "class" not in config_of(name))}
+    local = {name: found for name, found in copies(root, request.name).items() if len(names) == 1 or "class" not in config_of(name)}
     metadata = _metadata(names, request, lm, scratch)
     maker = _Maker(scratch / "files", request.name, local, metadata)
     unavailable: dict[str, str] = {}
@@ -183,7 +183,7 @@ class _Maker:
 
     folder: Path
     name: str
-    local: Mapping[str, SplitFiles]
+    local: Mapping[str, Copy]
     metadata: Mapping[str, Any]
 
     def load(self, names: Sequence[str], alone: bool = False) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def _kept(entries: Sequence[Any], kept: frozenset[str]) -> Iterator[Any]:
             yield entry
 
 
-def _local_keys(name: str, copy: SplitFiles) -> dict[str, Any]:
+def _local_keys(name: str, copy: Copy) -> dict[str, Any]:
     """What a task's own file says where its rows are in files: splits that are not there are no splits."""
     config = config_of(name)
     keys: dict[str, Any] = {"task": name, "dataset_path": "local", "dataset_name": None, "custom_dataset": f"!function {READER}"}
@@ -275,11 +275,11 @@ def local_rows(local: Mapping[str, Any], **_: Any) -> dict[str, Any]:
     They stay in memory, so that no cache can take one file for another. DataError where a row is not as the hub has it.
     """
     files = {split: tuple(map(Path, paths)) for split, paths in local["files"].items()}
-    copy = SplitFiles(local["task"], "", Path(local["folder"]), files)
+    copy = Copy(local["task"], "", Path(local["folder"]), files)
     return {split: _rows(local["task"], copy, split) for split in local["splits"]}
 
 
-def _rows(task: str, copy: SplitFiles, split: str) -> Any:
+def _rows(task: str, copy: Copy, split: str) -> Any:
     datasets: Any = importlib.import_module("datasets")
     arrow: Any = importlib.import_module("pyarrow")
     try:
@@ -288,7 +288,7 @@ def _rows(task: str, copy: SplitFiles, split: str) -> Any:
         raise ConfigError(f"{copy.of(split)[0]}: rows differ in the type of a field ({str(error).splitlines()[0]})") from None
 
 
-def _local_class(name: str, copy: SplitFiles) -> Any:
+def _local_class(name: str, copy: Copy) -> Any:
     """A task that lm-eval packages as a class, with rows of files instead of its download."""
     loader: Any = importlib.import_module("lm_eval.tasks._yaml_loader")
     packaged_class: Any = loader.load_yaml(packaged().files[name])["class"]
@@ -333,5 +333,5 @@ def _set_fewshot(name: str, task: Any, asked: int) -> str:
 
 def _reason(error: Exception) -> str:
     """One line of what lm-eval or datasets said."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = one_line(error) or type(error).__name__
     return f"{type(error).__name__}: {text}"[:200]

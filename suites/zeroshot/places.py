@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hgrn2_bench.errors import DataError
-from hgrn2_bench.files import SplitFiles, data_folder, only_copy, searched
+from hgrn2_bench.files import Copy, data_folder, only_copy, searched
 from suites.zeroshot.catalogue import TASKS, config_of, members, scored_split
 from suites.zeroshot.schemas import FIELDS, LABELS
 
@@ -32,18 +32,19 @@ def plain(name: str) -> str:
     return re.sub(r"[-.]", "_", name.lower())
 
 
-def find(root: Path, task: str) -> SplitFiles | None:
-    """The copy of a task's scored split below a folder; None where there is none. ConfigError where there are several."""
-    return pick(locate(root), root, task)
+def copies(root: Path, name: str) -> dict[str, Copy]:
+    """The copy of a task's scored split below a folder, or of each member of a group, where there is one. ConfigError for several."""
+    located = locate(root) if root.is_dir() else []
+    return {task: found for task in members(name) if (found := pick(located, root, task))} if located else {}
 
 
-def pick(there: Sequence[SplitFiles], root: Path, task: str) -> SplitFiles | None:
+def pick(there: Sequence[Copy], root: Path, task: str) -> Copy | None:
     """The one of some copies that has a task's scored split; None where none has. ConfigError where several have."""
     fitting = [copy for copy in there if copy.files.get(scored_split(task)) and is_of(copy, task)]
     return only_copy(fitting, root, task, wanted(task)) if fitting else None
 
 
-def is_of(copy: SplitFiles, task: str) -> bool:
+def is_of(copy: Copy, task: str) -> bool:
     """Whether files have a task's name, or lie in folders named as the hub names its data set."""
     known = TASKS.get(task)
     if known:
@@ -53,12 +54,12 @@ def is_of(copy: SplitFiles, task: str) -> bool:
     return copy.what == plain(task) or (copy.what, plain(copy.folder.parent.name)) == (part, dataset)
 
 
-def locate(root: Path) -> list[SplitFiles]:
+def locate(root: Path) -> list[Copy]:
     """All sets of files named as splits in a folder or four below it; `what` is the plain name of the task that they may be of."""
     return [copy for folder, files in searched(root.resolve(), CLOSED) for copy in _sets(folder, files)]
 
 
-def _sets(folder: Path, files: Sequence[Path]) -> Iterator[SplitFiles]:
+def _sets(folder: Path, files: Sequence[Path]) -> Iterator[Copy]:
     """Sets of a folder's files: numbered parts of a split are one, any other second file of a split is another copy."""
     found: dict[tuple[str, str], list[dict[str, list[Path]]]] = {}
     for path in files:
@@ -69,7 +70,7 @@ def _sets(folder: Path, files: Sequence[Path]) -> Iterator[SplitFiles]:
         for splits in sets:
             apart = {f"{split}_{LABELS}": _apart(paths[0]) for split, paths in splits.items()}
             whole = {split: tuple(paths) for split, paths in splits.items()} | {key: (it,) for key, it in apart.items() if it.is_file()}
-            yield SplitFiles(task, LAYOUTS[ending], folder, whole)
+            yield Copy(task, LAYOUTS[ending], folder, whole)
 
 
 def _put(path: Path, split: str, sets: list[dict[str, list[Path]]], is_part: bool) -> None:
@@ -99,7 +100,7 @@ def wanted(task: str, split: str = "") -> str:
     return f"{task}_{split}.jsonl{fields}, or {task}/{split}-*.parquet"
 
 
-def content_hash(files: SplitFiles) -> str:
+def content_hash(files: Copy) -> str:
     """16 hex digits over all bytes of the files of each split, in order; free of where they lie and what they are called.
 
     DataError where one cannot be read.
@@ -125,7 +126,5 @@ def fingerprint_of(name: str) -> str:
 
 @functools.cache
 def _fingerprint(name: str, root: Path) -> str:
-    located = locate(root) if root.is_dir() else []
-    there = {task: found for task in members(name) if (found := pick(located, root, task))} if located else {}
-    each = [f"{task}:{content_hash(found)}" for task, found in there.items()]
+    each = [f"{task}:{content_hash(found)}" for task, found in copies(root, name).items()]
     return hashlib.sha256(" ".join(each).encode()).hexdigest()[:16] if each else ""

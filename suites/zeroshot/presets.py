@@ -1,28 +1,11 @@
 """The zeroshot suite's presets: every number of a protocol, each with its source. Imports neither torch nor numpy."""
 
+from hgrn2_bench.markov_recipe import RECALL
 from hgrn2_bench.protocol import Preset
 from suites.zeroshot.settings import SMOKE as GROUP
 
 SIX = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """The tasks of the HGRN2 table, in its order."""
-RECALL = (
-    # what makes a two-layer model learn to recall within CPU minutes, as in suite wikitext
-    "conv=4",
-    "positions=none",
-    "attention.positions=rope",
-    "channel_mixer=none",
-    "tie_embeddings=false",
-    "embed_std=1.0",
-    "forget_bias=3.0",
-    "gla.num_heads=1",
-    "lr=1e-2",
-    "weight_decay=0.1",
-    "clip=1.0",
-    "schedule=cosine",
-    "warmup=0.1",
-    "dtype=float32",
-    "seed=0",
-)
 
 TEST = Preset(
     summary="the whole path in seconds: one layer of width 16, 20 steps, 8 items of each task; no model learns anything",

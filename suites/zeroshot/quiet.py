@@ -5,13 +5,11 @@ import functools
 import importlib
 import io
 import logging
-import random
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
-import torch
+from hgrn2_bench import seeding
 
 TALKERS = ("lm_eval", "datasets", "evaluate", "huggingface_hub", "httpx", "fsspec", "urllib3")
 SEEDS = (0, 1234, 1234)
@@ -67,19 +65,6 @@ def compiled_once() -> Iterator[None]:
         del environment.from_string  # the class has its own
 
 
-@contextlib.contextmanager
-def seeded() -> Iterator[None]:
-    """Random generators seeded as lm-eval's own command seeds them; afterwards they go on where the caller left them."""
-    kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    random.seed(SEEDS[0])
-    np.random.seed(SEEDS[1])
-    torch.manual_seed(SEEDS[2])
-    try:
-        yield
-    finally:
-        random.setstate(kept[0])
-        np.random.set_state(kept[1])
-        torch.set_rng_state(kept[2])
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
+def seeded() -> contextlib.AbstractContextManager[None]:
+    """Random generators as lm-eval's own command seeds them, for a while."""
+    return seeding.seeded(*SEEDS)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hgrn2_bench.errors import DataError
-from hgrn2_bench.files import SplitFiles
-from hgrn2_bench.rows import json_objects, parquet_objects
+from hgrn2_bench.files import Copy
+from hgrn2_bench.rows import objects
 from suites.zeroshot.catalogue import TASKS
 
 Row = dict[str, Any]
@@ -92,7 +92,7 @@ FIELDS: Mapping[str, Mapping[str, Check]] = {
 """Fields that the packaged prompt reads, each with its check; those of a task stand in the order in which they are checked."""
 
 
-def read(task: str, copy: SplitFiles, split: str) -> list[Row]:
+def read(task: str, copy: Copy, split: str) -> list[Row]:
     """The rows of a split, whole and in order. DataError, one line that names file and row, where one is not as the hub has it.
 
     Of tasks that are not known here any JSON objects are rows.
@@ -106,7 +106,7 @@ def read(task: str, copy: SplitFiles, split: str) -> list[Row]:
     return rows
 
 
-def _complete(task: str, rows: Iterator[tuple[str, Row]], copy: SplitFiles, split: str) -> Iterator[Row]:
+def _complete(task: str, rows: Iterator[tuple[str, Row]], copy: Copy, split: str) -> Iterator[Row]:
     """Rows with the answers that stand apart, each held to its schema."""
     apart = copy.files.get(f"{split}_{LABELS}", ()) if task in APART else ()
     labels = iter(_labels(apart[0])) if apart else None
@@ -150,12 +150,10 @@ def _labels(path: Path) -> list[int]:
 
 def _rows(path: Path) -> Iterator[tuple[str, Row]]:
     """Rows of a file, and in words where each is. DataError where it is damaged."""
-    if path.name.lower().endswith(".parquet"):
-        yield from ((f"{path}, row {i}", row) for i, row in enumerate(parquet_objects(path)))
-    elif path.name.lower().endswith(".json") and _is_list(path):
+    if path.suffix.lower() == ".json" and _is_list(path):
         yield from ((f"{path}, item {i}", row) for i, row in enumerate(_listed(path)))
     else:
-        yield from ((f"{path}:{i}", row) for i, row in json_objects(path))
+        yield from objects(path)
 
 
 def _is_list(path: Path) -> bool:

@@ -36,6 +36,12 @@ class Score(NamedTuple):
     is_greedy: bool
 
 
+CERTAIN = Score(0.0, True)
+"""Of an empty continuation."""
+IMPOSSIBLE = Score(-math.inf, False)
+"""Of a continuation that is longer than all that the model can read."""
+
+
 class Reader(Protocol):
     """What scoring asks of a model; see `suites.zeroshot.reading`."""
 
@@ -331,9 +337,3 @@ def score(reader: Reader, pairs: Sequence[Pair], limits: Limits) -> list[Score]:
     for batch in scorer.plan(asked):
         known |= scorer.run(batch)
     return [known[number] for number in range(len(pairs))]
-
-
-CERTAIN = Score(0.0, True)
-"""Of an empty continuation."""
-IMPOSSIBLE = Score(-math.inf, False)
-"""Of a continuation that is longer than all that the model can read."""

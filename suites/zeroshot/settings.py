@@ -7,6 +7,8 @@ from hgrn2_bench.markov_recipe import Recipe
 
 SMOKE = "smoke"
 """The group of tasks that are made when they are run."""
+BOS_RULES = ("auto", "always", "never")
+TRUNCATIONS = ("left", "skip")
 LEAST_VALUES = 5
 """Different values that a question of these tasks may offer."""
 
@@ -21,9 +23,9 @@ class ZeroshotConfig:
     """Of each task the first so many items; 0: all."""
     fewshot: int = -1
     """Solved items before each question; -1: as many as the task itself asks for."""
-    bos: str = choice("auto", "always", "never")
+    bos: str = choice(*BOS_RULES)
     """Whether the token that stood before a text in training stands before each request: `auto` as the tokenizer or lm-eval says."""
-    truncation: str = choice("left", "skip")
+    truncation: str = choice(*TRUNCATIONS)
     """What becomes of an item that is longer than the model can read: its beginning is cut off, or it is left out. Both are counted."""
     max_length: int = 0
     """Tokens that a model reads at most; 0: as many as it was trained on, or as its folder says."""

@@ -23,8 +23,6 @@ class Store:
     def __init__(self, path: Path | None) -> None:
         """ConfigError where the file cannot be read or written."""
         self.found: dict[str, Any] = {}
-        self.loaded = 0
-        """Results that were there at the start."""
         self._path, self._synced = path, time.monotonic()
         if path is not None:
             try:
@@ -47,7 +45,6 @@ class Store:
                 self.found |= content
                 whole += len(line)
         os.truncate(path, whole)
-        self.loaded = len(self.found)
 
     def add(self, results: Mapping[str, Any]) -> None:
         """Keep the results of a pass."""

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 
-import pytest
-import torch
+from gpu_marks import ON_GPU
 from test_ops import EXACT, Case, all_cases, assert_equal, change, results, seeded_small_blocks
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = ON_GPU
 __all__ = ["seeded_small_blocks"]
 
 

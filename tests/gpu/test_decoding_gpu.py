@@ -1,10 +1,10 @@
 """Decoding replayed as a CUDA graph against the eager loop and one forward pass, for every model."""
 
 import dataclasses
-from importlib.util import find_spec
 
 import pytest
 import torch
+from gpu_marks import UNTUNED
 from torch import nn
 
 from hgrn2_bench import registry
@@ -14,13 +14,7 @@ from hgrn2_bench.interfaces import recomputing
 from hgrn2_bench.model import SequenceModel
 from hgrn2_bench.steps import EAGER_STEPS
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(find_spec("fla") is None, reason="needs flash-linear-attention"),
-    pytest.mark.filterwarnings("ignore"),  # fla and Triton warn about themselves
-    pytest.mark.usefixtures("no_tuning"),
-]
+pytestmark = UNTUNED
 
 B, T, PROMPT, VOCAB = 4, 90, 70, 64
 BASE = ModelConfig(d_model=64, num_layers=2, channel_mixer="glu", embed_std=1.0)

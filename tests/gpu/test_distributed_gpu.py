@@ -7,13 +7,11 @@ import sys
 
 import pytest
 import torch
+from gpu_marks import ON_GPU
 
 from hgrn2_bench.results import find_rows
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = ON_GPU
 
 RUN = (
     *("-m", "hgrn2_bench", "run", "suite=mqar", "preset=test", "seed=0", "model=hgrn2", "backend=chunked", "num_layers=2", "updates=50"),

@@ -26,17 +26,12 @@ from fla_cases import (
     to,
     wide,
 )
+from gpu_marks import UNTUNED
 
 from hgrn2_bench.ops import families, fla
 from hgrn2_bench.ops.families import DecayInputs, OpInputs, ScalarDecayInputs, State
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(find_spec("fla") is None, reason="needs flash-linear-attention"),
-    pytest.mark.filterwarnings("ignore"),  # fla and Triton warn about themselves
-    pytest.mark.usefixtures("no_tuning"),
-]
+pytestmark = UNTUNED
 
 FAMILIES: dict[str, Callable[..., Case]] = {
     "per_channel_decay": decay_case,

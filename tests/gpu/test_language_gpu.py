@@ -1,11 +1,11 @@
 """Language models on the GPU: fla's fused loss beside the chunked one, its memory, a step in a CUDA graph, states carried."""
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from gpu_marks import UNTUNED
 
 from hgrn2_bench import checkpoints, engine, fla_models, registry
 from hgrn2_bench.cells import CellFolder
@@ -14,13 +14,7 @@ from hgrn2_bench.language import LanguageModel
 from hgrn2_bench.ops import fla
 from hgrn2_bench.plan import make_plan
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(find_spec("fla") is None, reason="needs flash-linear-attention"),
-    pytest.mark.filterwarnings("ignore"),  # fla and Triton warn about themselves
-    pytest.mark.usefixtures("no_tuning"),
-]
+pytestmark = UNTUNED
 
 V, T = 5000, 128
 CONFIG = ModelConfig(

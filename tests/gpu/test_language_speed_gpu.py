@@ -3,10 +3,10 @@
 import statistics
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import pytest
 import torch
+from gpu_marks import WITH_FLA
 from torch import nn
 
 from hgrn2_bench import registry
@@ -15,12 +15,7 @@ from hgrn2_bench.language import LanguageModel
 from hgrn2_bench.steps import Steps
 from hgrn2_bench.trainer import make_optimizer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(find_spec("fla") is None, reason="needs flash-linear-attention"),
-    pytest.mark.filterwarnings("ignore"),  # fla and Triton warn about themselves
-]
+pytestmark = WITH_FLA
 
 B, T, V, D, LAYERS, WIDTH = 8, 2048, 50_264, 1024, 24, 2816
 ROUNDS, STEPS, CLIP, LR = 5, 8, 1.0, 1e-4

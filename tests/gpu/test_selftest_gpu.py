@@ -1,20 +1,15 @@
 """The self-test of `doctor` on a real GPU: every kernel that this Triton does not miscompile agrees, in minutes at most."""
 
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
+from gpu_marks import NEEDS_FLA, ON_GPU
 
 from hgrn2_bench.doctor import PROBLEM, REQUIRED, agrees, combination_findings, told
 from hgrn2_bench.machine import compare_on_gpu, gather
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(find_spec("fla") is None, reason="needs flash-linear-attention"),
-]
+pytestmark = [*ON_GPU, NEEDS_FLA]
 
 LIMIT_S = 180.0
 

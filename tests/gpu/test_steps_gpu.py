@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from gpu_marks import ON_GPU
 
 from hgrn2_bench import engine
 from hgrn2_bench.plan import make_plan
@@ -13,10 +14,7 @@ from suites.mqar import protocol
 from suites.mqar.protocol import Mixture, MQARConfig, Segment
 from suites.mqar.runner import Runner
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = ON_GPU
 
 # Without biases: attention's key bias has no gradient but rounding errors, which AdamW blows up to full steps.
 WORDS = ("model=attention", "backend=chunked", "attention.dropout=0", "attention.bias=false", "conv=0", "clip=1.0")

@@ -3,16 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_marks import ON_GPU
 
 from hgrn2_bench import timing
 from hgrn2_bench.ops import families
 from hgrn2_bench.ops.families import DecayInputs, SoftmaxInputs
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.filterwarnings("ignore"),
-]
+pytestmark = [*ON_GPU, pytest.mark.filterwarnings("ignore")]
 
 
 def inputs(family):

@@ -4,13 +4,9 @@ import os
 import subprocess
 import sys
 
-import pytest
-import torch
+from gpu_marks import ON_GPU
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = ON_GPU
 
 WORDS = ("suite=mqar", "preset=test", "model=hgrn2")
 

@@ -15,13 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gpu_marks import WITH_FLA
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    pytest.mark.skipif(find_spec("fla") is None or find_spec("lm_eval") is None, reason="needs flash-linear-attention and lm-eval"),
-    pytest.mark.filterwarnings("ignore"),  # lm-eval, fla and Triton warn about themselves
-]
+pytestmark = [*WITH_FLA, pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs lm-eval")]
 
 V, D, LAYERS, WIDTH, LENGTH = 32_000, 1024, 24, 2816, 2048
 SHAPES = {"HellaSwag": (60, 12, 4, 25, 8), "PIQA": (15, 5, 2, 20, 8)}

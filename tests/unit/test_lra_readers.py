@@ -38,7 +38,7 @@ def test_the_original_archive_is_found_at_any_nesting(tmp_path, nesting):
     made.write_pathfinder(tmp_path / nesting, each=1)
     made.write_pathfinder(tmp_path / nesting, size=128, each=1)
     found = locate(tmp_path)
-    assert sorted(place.task for place in found.places) == ["listops", "pathfinder", "pathx", "retrieval"]
+    assert sorted(place.what for place in found.places) == ["listops", "pathfinder", "pathx", "retrieval"]
     assert found.faults == ()
     assert find(tmp_path, "listops").of("val")[0].name == "basic_val.tsv"
     assert find(tmp_path, "retrieval").of("val")[0].name == "new_aan_pairs.eval.tsv"
@@ -50,7 +50,7 @@ def test_the_renamed_layout_is_found(tmp_path):
     made.write_pathfinder(tmp_path / "pathfinder", each=1)
     made.write_imdb_folders(tmp_path / "imdb/aclImdb", {"train": (["a"], ["b"]), "test": (["a"], ["b"])})
     made.write_cifar_binaries(tmp_path / "cifar/cifar-10-batches-bin", [made.colours(1)], made.colours(1))
-    assert sorted(place.task for place in locate(tmp_path).places) == ["image", "listops", "pathfinder", "retrieval", "text"]
+    assert sorted(place.what for place in locate(tmp_path).places) == ["image", "listops", "pathfinder", "retrieval", "text"]
 
 
 def test_a_folder_without_the_task_is_told_with_what_was_expected(tmp_path):
@@ -67,7 +67,7 @@ def test_two_copies_are_not_chosen_from(tmp_path):
         made.write_pathfinder(tmp_path / name, each=1)
     with pytest.raises(ConfigError, match=r"holds 2 copies of pathfinder: .*a/pathfinder32 .*b/pathfinder32 .*; give the folder of one"):
         find(tmp_path, "pathfinder")
-    assert find(tmp_path / "b", "pathfinder").task == "pathfinder"
+    assert find(tmp_path / "b", "pathfinder").what == "pathfinder"
 
 
 def test_the_inside_of_a_pathfinder_folder_is_told(tmp_path):

@@ -372,7 +372,7 @@ def test_memory_holds_a_batch_not_the_text(tmp_path, tokenizer):
     line = "some words of no meaning, again and again " * 10 + "\n"
     path = tmp_path / "train.txt"
     path.write_text(line * 60_000)
-    place = Place("text", "text", "lines", tmp_path, {"train": (path,)})
+    place = Place("text", "lines", tmp_path, {"train": (path,)}, "text")
     tracemalloc.start()
     stored = arrays.stored_split(tmp_path, "train", tokenizer, lambda: readers.read_lines(place, "train"))
     peak = tracemalloc.get_traced_memory()[1]
@@ -403,7 +403,7 @@ def real(name):
     path = SHARED / f"wikitext2_{name}.tokens"
     if not path.exists():
         pytest.skip(f"no {path.name} in {SHARED}")
-    return Place("transfer", "tokens", "lines", SHARED, {"test": (path,)})
+    return Place("transfer", "lines", SHARED, {"test": (path,)}, "tokens")
 
 
 @pytest.mark.parametrize(("name", "words"), [("valid", 217_646), ("test", 245_569)])

@@ -193,8 +193,7 @@ def test_no_network_is_found_out_once_and_leaves_the_libraries_as_they_were(monk
     before = datasets.config.HF_HUB_OFFLINE
     network.reaches_hub.cache_clear()
     for _ in range(3):
-        with network.reachable_only() as answers:
-            assert not answers
+        with network.reachable_only():
             assert datasets.config.HF_HUB_OFFLINE
     network.reaches_hub.cache_clear()
     assert len(asked) == (0 if before else 1)

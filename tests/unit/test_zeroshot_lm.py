@@ -322,9 +322,9 @@ def test_another_model_s_tokenizer_is_seen():
 
 
 def test_folders_that_cannot_be_loaded_are_named(own_folder, folder, tmp_path):
-    for name, fault in (("nowhere", "no such folder"), (str(tmp_path), "config.json is missing")):
+    for name, fault in (("nowhere", "no such folder, and no name on"), (str(tmp_path), "config.json is missing")):
         with pytest.raises(DataError, match=fault):
-            loading.load(name)
+            BenchLM(name)
     bare = own(tmp_path / "bare")
     (bare / "tokenizer.json").unlink()
     (bare / "tokenizer_config.json").unlink()

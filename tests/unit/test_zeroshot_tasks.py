@@ -12,8 +12,8 @@ from zeroshot_files import ARC, BOOLQ, ENDINGS, HELLASWAG, HUB, OPENBOOKQA, PIQA
 from hgrn2_bench import datacheck
 from hgrn2_bench.doctor import NOTE, OK, PROBLEM
 from hgrn2_bench.errors import ConfigError, DataError
-from hgrn2_bench.files import DATA, SplitFiles
-from suites.zeroshot import catalogue, places, schemas
+from hgrn2_bench.files import DATA, Copy
+from suites.zeroshot import catalogue, places, presets, schemas
 from suites.zeroshot.check import findings
 
 
@@ -25,10 +25,9 @@ def data(tmp_path, monkeypatch):
 # the catalogue
 
 
-def test_the_six_tasks_of_the_table_have_its_columns_and_rules():
-    assert catalogue.SIX == ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
-    assert [catalogue.TASKS[name].column for name in catalogue.SIX] == ["PIQA", "Hella.", "Wino.", "ARC-e", "ARC-c", "OBQA"]
-    assert [name for name in catalogue.SIX if catalogue.TASKS[name].rule == "acc_norm"] == ["hellaswag", "arc_challenge", "openbookqa"]
+def test_the_six_tasks_of_the_table_have_their_rules():
+    assert presets.SIX == ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+    assert [name for name in presets.SIX if catalogue.TASKS[name].rule == "acc_norm"] == ["hellaswag", "arc_challenge", "openbookqa"]
 
 
 @pytest.mark.parametrize("name", ["piqa", "ruler", "mmlu", "mmlu_anatomy", "ai2_arc", "gsm8k"])
@@ -98,10 +97,9 @@ def test_every_known_task_is_packaged_with_the_split_and_fields_that_are_written
 @pytest.mark.parametrize("task", HUB)
 def test_layouts_of_the_hub_are_found_and_read(data, task):
     write_parquet(data / HUB[task], ROWS[task])
-    found = places.find(data, task)
-    assert found is not None
+    found = places.copies(data, task)[task]
     assert schemas.read(task, found, catalogue.TASKS[task].split) == ROWS[task]
-    others = [name for name in HUB if name != task and places.find(data, name)]
+    others = [name for name in HUB if name != task and places.copies(data, name)]
     assert others == []
 
 
@@ -111,6 +109,7 @@ def test_layouts_of_the_hub_are_found_and_read(data, task):
         "piqa_validation.jsonl",
         "piqa-valid.jsonl.gz",
         "PIQA/dev.jsonl",
+        "PIQA_VALIDATION.JSONL.GZ",
         "a/b/piqa/piqa_val.jsonl",
         "piqa.validation.json",
         "piqa/data/val-00000-of-00001.jsonl",
@@ -118,20 +117,19 @@ def test_layouts_of_the_hub_are_found_and_read(data, task):
 )
 def test_names_as_users_have_them(data, name):
     write_lines(data / name, PIQA)
-    found = places.find(data, "piqa")
-    assert found is not None
+    found = places.copies(data, "piqa")["piqa"]
     assert schemas.read("piqa", found, "validation") == PIQA
 
 
 def test_a_json_list_is_read(data):
     (data / "piqa_validation.json").write_text(json.dumps(PIQA))
-    assert schemas.read("piqa", places.find(data, "piqa"), "validation") == PIQA
+    assert schemas.read("piqa", places.copies(data, "piqa")["piqa"], "validation") == PIQA
 
 
 def test_numbered_parts_are_one_split_in_order(data):
     for number in range(2):
         write_parquet(data / f"piqa/validation-0000{number}-of-00002.parquet", PIQA[5 * number : 5 * number + 5])
-    assert schemas.read("piqa", places.find(data, "piqa"), "validation") == PIQA
+    assert schemas.read("piqa", places.copies(data, "piqa")["piqa"], "validation") == PIQA
 
 
 def test_answers_in_a_file_of_their_own_are_joined_by_line(data):
@@ -140,7 +138,7 @@ def test_answers_in_a_file_of_their_own_are_joined_by_line(data):
     answers = data / "physicaliqa-train-dev/dev-labels.lst"
     answers.write_text("".join(f"{row['label']}\n" for row in PIQA))
     first = places.fingerprint_of("piqa")
-    assert schemas.read("piqa", places.find(data, "piqa"), "validation") == PIQA
+    assert schemas.read("piqa", places.copies(data, "piqa")["piqa"], "validation") == PIQA
     answers.write_text("0\n" * 10)
     places._fingerprint.cache_clear()
     assert places.fingerprint_of("piqa") != first
@@ -151,7 +149,7 @@ def test_answers_in_a_file_of_their_own_are_joined_by_line(data):
     ):
         answers.write_text(text)
         with pytest.raises(DataError, match=fault):
-            schemas.read("piqa", places.find(data, "piqa"), "validation")
+            schemas.read("piqa", places.copies(data, "piqa")["piqa"], "validation")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +165,7 @@ def test_two_copies_are_one_clear_line(data, second):
 
 def test_a_copy_with_other_splits_only_is_none(data):
     write_lines(data / "piqa_train.jsonl", PIQA)
-    assert places.find(data, "piqa") is None
+    assert places.copies(data, "piqa") == {}
 
 
 def test_fingerprints_follow_content_not_place(data, tmp_path, monkeypatch):
@@ -210,7 +208,7 @@ def test_a_wrong_row_is_named_with_file_and_line(data, task, row, words):
     split = catalogue.TASKS[task].split
     path = write_lines(data / f"{task}_{split}.jsonl", [*ROWS[task][:2], row])
     with pytest.raises(DataError) as caught:
-        schemas.read(task, places.find(data, task), split)
+        schemas.read(task, places.copies(data, task)[task], split)
     assert str(caught.value).startswith(f"{path}:3: ")
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -235,16 +233,16 @@ def test_damaged_parquet_gzip_and_lists_are_named(data):
     path = write_parquet(data / "piqa_validation.parquet", PIQA)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(DataError, match="no parquet file, or cut short"):
-        schemas.read("piqa", places.find(data, "piqa"), "validation")
+        schemas.read("piqa", places.copies(data, "piqa")["piqa"], "validation")
     path.unlink()
     path = write_lines(data / "piqa_validation.jsonl.gz", PIQA)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(DataError, match="cut short or damaged"):
-        schemas.read("piqa", places.find(data, "piqa"), "validation")
+        schemas.read("piqa", places.copies(data, "piqa")["piqa"], "validation")
     path.unlink()
     (data / "piqa_validation.json").write_text(json.dumps(PIQA)[:-9])
     with pytest.raises(DataError, match="no JSON, or cut short"):
-        schemas.read("piqa", places.find(data, "piqa"), "validation")
+        schemas.read("piqa", places.copies(data, "piqa")["piqa"], "validation")
 
 
 def test_counted_sizes_are_asserted_and_those_of_the_literature_doubted(data):
@@ -292,6 +290,6 @@ def test_check_of_a_folder_of_other_things_is_bad_input(data):
 
 
 def test_split_files_name_what_is_missing(tmp_path):
-    copy = SplitFiles("piqa", "json lines", tmp_path, {"train": (tmp_path / "a",)})
+    copy = Copy("piqa", "json lines", tmp_path, {"train": (tmp_path / "a",)})
     with pytest.raises(DataError, match="no validation split of piqa; here: train"):
         copy.of("validation")

@@ -23,8 +23,9 @@ from hgrn2_bench.ops.tuned import thoroughness
 from hgrn2_bench.plan import Cell, Description, versions
 from hgrn2_bench.protocol import Metric
 from hgrn2_bench.results import Row
+from hgrn2_bench.stopping import InterruptedTrainingError, at_once, in_its_own_time
 from hgrn2_bench.trackers import mirrored
-from hgrn2_bench.trainer import DivergedError, InterruptedTrainingError, Progress, TrainableTask, Trainer
+from hgrn2_bench.trainer import DivergedError, Progress, TrainableTask, Trainer
 
 PROBE_TOKENS = 1024
 """Tokens of one probe step, by which a plan's cost on a CPU is estimated."""
@@ -187,15 +188,16 @@ def run_cell(
 ) -> list[Row]:
     """Run a cell whose folder the caller has locked, write its rows, and return them; `workers` cells run at once.
 
-    InterruptedTrainingError (after a checkpoint), OSError while writing rows, and GroupError where not all processes of the cell came to
-    the same outcome pass through; whatever else goes wrong becomes the outcome of the cell.
+    InterruptedTrainingError (of training after a checkpoint), OSError while writing rows, and GroupError where not all processes of the
+    cell came to the same outcome pass through; whatever else goes wrong becomes the outcome of the cell. For the main thread.
     """
     facts = Facts(workers=workers, track=track)
     metrics: list[Metric] = []
     status, reason, fault = "ok", "", ""
     try:
         folder.begin()
-        metrics = _train_and_measure(cell, folder, facts, report, stop)
+        with at_once(stop):
+            metrics = _train_and_measure(cell, folder, facts, report, stop)
     except InterruptedTrainingError:
         folder.set_status("interrupted")
         raise
@@ -287,7 +289,7 @@ def _train(
     trainer = Trainer(model, facts.runner, cell.train, folder, cell.device, cell.dtype)
     trainer.peak_tokens_per_s = measure.peak_rate(facts.description.train_flops_per_token, cell.device, distributed.current().size)
     try:
-        with mirrored(facts.track, folder) as trainer.mirror:
+        with mirrored(facts.track, folder) as trainer.mirror, in_its_own_time():
             trainer.fit(report, stop)
     finally:
         facts.progress, facts.training_step = trainer.at, trainer.steps.mode

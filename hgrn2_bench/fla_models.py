@@ -9,7 +9,13 @@ The format is that of `HGRN2ForCausalLM` (fla 0.6, fla/models/hgrn2), in which c
     lower bound      `inclusive`; its table starts at 0 there and at 1 here, which the softmax over layers does not see
     in_proj          fla's i_proj, q_proj and f_proj, one below the other
 
-What only fla has is refused by the name of its field. fla itself is not imported.
+What only fla has is refused by the name of its field. fla itself is not imported. A model that suite wikitext trained with
+`hgrn2.variant=fla` goes to fla, with its tokenizer, by
+
+    fla_models.save(checkpoints.load(trained), new, source=trained)
+
+There nothing says that the tokenizer's `bos_token` stood before each text in training, as a checkpoint of ours does: evaluated from the new
+folder it takes `bos=always`, or under lm-eval's own `hf` model `add_bos_token=true`.
 """
 
 from pathlib import Path
@@ -65,10 +71,13 @@ def load(folder: Path, backend: str = "chunked", device: str = "cpu") -> Languag
 def save(model: LanguageModel, folder: Path, source: Path | None = None) -> None:
     """Write a model as a folder that fla's `HGRN2ForCausalLM.from_pretrained` reads, in place of what `folder` held.
 
-    `source` is a folder whose tokenizer files are copied. ConfigError, naming the key, where fla has no such model.
+    `source` is a folder whose tokenizer files are copied. ConfigError, naming the key, where fla has no such model; DataError where
+    `source` has no tokenizer.
     """
     content = _fla_config(model)
     copied = tokenizer_files(source) if source else ()
+    if source and not copied:
+        raise DataError(f"{source} has no tokenizer to copy: hgrn2_bench.text_tokenizers.complete gives a checkpoint of ours its own")
     with weights.new_folder(folder) as new:
         weights.write_tensors(new / "model.safetensors", _theirs(model))
         weights.write_config(new, content)

@@ -22,6 +22,7 @@ from hgrn2_bench.executor import LOCK_POLL_S, Event, LocalExecutor, Order, alone
 from hgrn2_bench.matching import Solution
 from hgrn2_bench.plan import Cell
 from hgrn2_bench.results import Row
+from hgrn2_bench.stopping import InterruptedTrainingError
 from hgrn2_bench.worker import REPORT_EVERY_S, named
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -140,7 +141,6 @@ class Together:
     def _work(self, order: Order, folder: CellFolder, timeout_s: float | None, track: str) -> list[Row] | None:
         """The rows of a cell, or None where a signal stopped it."""
         from hgrn2_bench import engine
-        from hgrn2_bench.trainer import InterruptedTrainingError
 
         began = said = time.monotonic()
 
@@ -177,8 +177,6 @@ class Together:
 
 def follow(device: str) -> None:
     """Take part in what rank 0 runs until it says that this is the end."""
-    from hgrn2_bench.trainer import InterruptedTrainingError
-
     with _group(device), Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         while (order := distributed.hear())[0] != "end":
             from hgrn2_bench import engine

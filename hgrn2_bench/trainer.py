@@ -27,6 +27,7 @@ from hgrn2_bench.ema import Average
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Mixer
 from hgrn2_bench.steps import Batch, Steps
+from hgrn2_bench.stopping import InterruptedTrainingError
 
 LOG_EVERY = 50
 CHECKPOINT_EVERY_S = 15.0
@@ -37,10 +38,6 @@ GO_ON, SAVE, STOP = range(3)
 
 class DivergedError(Exception):
     """The loss is no longer a finite number."""
-
-
-class InterruptedTrainingError(Exception):
-    """The user stopped the run; a checkpoint was written."""
 
 
 class TrainableTask(Protocol):

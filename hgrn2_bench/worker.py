@@ -8,6 +8,7 @@ What cells print goes to standard error, so that a table can be piped.
 import contextlib
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -15,6 +16,8 @@ from multiprocessing import process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from hgrn2_bench.stopping import SIGNAL, InterruptedTrainingError
 
 REPORT_EVERY_S = 0.3
 
@@ -25,7 +28,7 @@ class _Inbox:
     def __init__(self, pipe: Connection) -> None:
         self.orders: queue.Queue[tuple[Any, ...]] = queue.Queue()
         self.stopping = threading.Event()
-        self.pipe = pipe
+        self.pipe, self.worker = pipe, threading.get_ident()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -34,6 +37,7 @@ class _Inbox:
                 order = self.pipe.recv()
                 if order[0] == "stop":
                     self.stopping.set()
+                    signal.pthread_kill(self.worker, SIGNAL)
                 self.orders.put(order)
         except (EOFError, OSError):
             os._exit(1)  # killed parent: the kernel frees the cell's lock, and the next run continues from the checkpoint
@@ -46,6 +50,7 @@ def main(pipe: Connection, threads: int, gpu: int) -> None:
     if visible != "":  # empty: the user hides every GPU
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    signal.signal(SIGNAL, signal.SIG_IGN)  # until a cell listens to it
     inbox = _Inbox(pipe)
     import torch
 
@@ -135,7 +140,6 @@ def named(cell: Any, error: Exception) -> str:
 def _run(cell: Any, key: str, how: tuple[Any, ...], pipe: Connection, stopping: threading.Event) -> None:
     from hgrn2_bench import engine
     from hgrn2_bench.cells import CellFolder, LockedError
-    from hgrn2_bench.trainer import InterruptedTrainingError
 
     results, force, workers, track = how
     sent = 0.0

@@ -1,11 +1,14 @@
 """fla's own HGRN2 language model beside ours, in Triton's interpreter: `TRITON_INTERPRET=1 python fla_models_child.py FOLDER REPORT`.
 
-Writes {case: {comparison: relative error of the logits}}, or the traceback of a case that failed.
+Writes {case: {comparison: relative error of the logits}}, or the traceback of a case that failed; and what lm-eval's own `hf` model says of
+the requests of ITEMS and TEXTS, where lm-eval is installed.
 """
 
 import json
 import sys
 import traceback
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from fla_cases import prepare_interpreter
 from torch import Tensor, nn
 
 from hgrn2_bench import checkpoints, fla_models, registry
+from hgrn2_bench.checkpoints import Card
 from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.language import LanguageModel
 
@@ -31,6 +35,19 @@ CASES: dict[str, dict[str, Any]] = {
     "tied, short convolutions, heads given": {"tie_word_embeddings": True, "use_short_conv": True, "expand_ratio": None, "num_heads": 2},
     "no lower bound, unfused": {"use_lower_bound": False, "fuse_norm": False, "fuse_swiglu": False, "num_hidden_layers": 1},
 }
+LONG = "When the door of the old house opened at last, nobody who stood there in the rain said a word. "
+ITEMS = [
+    *(("Question: How is a jar opened?\nAnswer:", ending) for ending in (" Turn its lid.", " Turn it over and wait.")),
+    *((f"{LONG}The one who opened it", ending) for ending in (" smiled.", " was not the one for whom they had come.")),
+    *((f"So {name} went home because it", " was late.") for name in ("Ann", "the others")),
+    ("aaaa", "aaa"),
+    (LONG + "And she shut the", " door"),
+    ("", "No context"),
+    (LONG * 2, " rain"),
+]
+"""Contexts and continuations on both sides of 64 tokens; the last one is longer than the model reads."""
+TEXTS = [LONG * 2, "Short."]
+MAX_LEN = 160
 
 
 def logits_of(model: nn.Module, tokens_BT: Tensor) -> Tensor:
@@ -74,10 +91,42 @@ def export(folder: Path) -> dict[str, float]:
     return {"theirs": error(logits_of(theirs, tokens_BT), logits_of(ours, tokens_BT))}
 
 
+def exported(folder: Path) -> Path:
+    """A model that was saved here with the tokenizer of bytes, as a user takes it to fla: `folder/fla`."""
+    torch.manual_seed(0)
+    words = {"lower_bound": "inclusive", "channel_mixer": "glu", "glu_bias": False, "norm": "rmsnorm", "tie_embeddings": True}
+    config = ModelConfig(d_model=32, num_layers=2, embed_std=1.0, **words)
+    model = LanguageModel(config, registry.load("hgrn2"), {"variant": "fla", "expand_ratio": 16}, "chunked", 256, MAX_LEN)
+    checkpoints.save(model, Card("hgrn2", {"variant": "fla", "expand_ratio": 16}, {"tokenizer": "bytes"}), folder / "ours")
+    fla_models.save(checkpoints.load(folder / "ours"), folder / "fla", folder / "ours")
+    return folder / "fla"
+
+
+def asked(model: Any) -> dict[str, Any]:
+    """What a model of lm-eval's answers to all requests."""
+    from zeroshot_lms import Request
+
+    return {
+        "items": model.loglikelihood([Request(pair) for pair in ITEMS], disable_tqdm=True),
+        "texts": model.loglikelihood_rolling([Request((text,)) for text in TEXTS], disable_tqdm=True),
+    }
+
+
+def scored(folder: Path) -> dict[str, Any]:
+    """The answers of lm-eval's own `hf` model, which runs fla's."""
+    from lm_eval.models.huggingface import HFLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return asked(HFLM(pretrained=str(exported(folder)), device="cpu", dtype="float32", batch_size=1))
+
+
 def report(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     runs = {name: lambda fields=fields, name=name: compare(fields, folder / name) for name, fields in CASES.items()}
-    for name, run in (runs | {"made here": lambda: export(folder / "made here")}).items():
+    runs |= {"made here": lambda: export(folder / "made here")}
+    runs |= {"scored": lambda: scored(folder / "scored")} if find_spec("lm_eval") else {}
+    for name, run in runs.items():
         try:
             found[name] = run()
         except Exception:

@@ -10,7 +10,7 @@ from pathlib import Path
 from hgrn2_bench import distributed, engine
 from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.plan import Cell, make_plan
-from hgrn2_bench.trainer import InterruptedTrainingError
+from hgrn2_bench.stopping import InterruptedTrainingError
 
 WORDS = (
     *("suite=mqar", "preset=test", "seed=0", "train_examples=1_255", "model=hgrn2", "num_layers=2", "lower_bound=exclusive"),

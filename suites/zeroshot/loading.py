@@ -78,7 +78,9 @@ def tokenizer_of(folder: Path) -> Any:
     try:
         if trained.is_own(content):
             return library.PreTrainedTokenizerFast.from_pretrained(folder)
-        return library.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        known = content["model_type"] in library.CONFIG_MAPPING
+        config = {} if known else {"config": library.PretrainedConfig.from_dict(content)}  # else it warns of a type that it does not know
+        return library.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **config)
     except Exception as error:  # the libraries have no narrower one
         raise DataError(f"{folder}: its tokenizer cannot be read ({one_line(error)[:200]}): copy its files again") from None
 

@@ -183,3 +183,9 @@ def test_what_fla_does_not_have_is_not_written(settings, changes, message, tmp_p
     with pytest.raises(ConfigError, match=message):
         fla_models.save(build(settings, **changes), tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_source_without_a_tokenizer_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(DataError, match="has no tokenizer to copy"):
+        fla_models.save(build(), tmp_path / "model", tmp_path)
+    assert not (tmp_path / "model").exists()

@@ -11,7 +11,7 @@ from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.distributed import World
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.plan import make_plan
-from hgrn2_bench.trainer import InterruptedTrainingError
+from hgrn2_bench.stopping import InterruptedTrainingError
 from suites.imagenet import drawn, feed, mixing
 from suites.imagenet.mixing import Box, Mix
 from suites.imagenet.runner import Runner

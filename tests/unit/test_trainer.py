@@ -16,7 +16,8 @@ from hgrn2_bench.interfaces import Mixer
 from hgrn2_bench.language import LanguageModel
 from hgrn2_bench.plan import make_plan
 from hgrn2_bench.steps import Steps
-from hgrn2_bench.trainer import DivergedError, InterruptedTrainingError, Trainer, learning_rate, make_optimizer
+from hgrn2_bench.stopping import InterruptedTrainingError
+from hgrn2_bench.trainer import DivergedError, Trainer, learning_rate, make_optimizer
 
 
 class Regression:

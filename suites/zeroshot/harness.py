@@ -29,8 +29,6 @@ ITEMS = "items.jsonl.xz"
 """In the cell's folder: what the model answered to each item."""
 LISTED = 50
 """Of the items that were not scored as they stand, so many are named in the row; all of them in ITEMS."""
-UNSCORED = ("skipped", "too_long")
-"""What leaves an item out: truncation=skip, and an answer that alone is longer than all that the model reads."""
 ABSENT = -1.0
 """RULER's score of an item under another length than its own."""
 
@@ -65,10 +63,10 @@ def evaluate(lm: Any, config: ZeroshotConfig, folder: Path | None, own: Path | N
     told = _told(lm)
     if samples is None:
         return Outcome([], {}, "", 0, 0)
-    left_out = {(each["task"], each["doc"]) for kind in UNSCORED for each in told["items"].get(kind, ())}
+    left_out = {(each["task"], each["doc"]) for each in told["items"].get("skipped", ())}
     kept = {name: [each for each in items if (name, each["doc_id"]) not in left_out] for name, items in samples.items()}
     if empty := [name for name, items in kept.items() if not items]:
-        raise SkippedError(f"{', '.join(empty)}: every item is longer than the model reads, and so left out")
+        raise SkippedError(f"{', '.join(empty)}: every item is longer than the model reads, and truncation=skip leaves it out")
     scored = [_scored(name, loaded.tasks[name], items, config) for name, items in kept.items()]
     if folder is not None:
         _write_items(folder / ITEMS, samples, told["items"])

@@ -29,7 +29,7 @@ from suites.zeroshot.invariance import Found, check
 from suites.zeroshot.options import Options
 from suites.zeroshot.ranks import Ranks
 from suites.zeroshot.reading import Ours
-from suites.zeroshot.scoring import CERTAIN, IMPOSSIBLE, Pair, Score, Scorer, fitted
+from suites.zeroshot.scoring import CERTAIN, Pair, Score, Scorer, fitted
 from suites.zeroshot.store import Store, key_of
 
 logger = logging.getLogger("hgrn2_bench.zeroshot")
@@ -85,7 +85,7 @@ class BenchLM(TemplateLM):
         self.stored = Store(None if store is None else Path(store))
         self._asked_as = (identity, self.encoder.bos, self.options.truncation, self.max_length)
         self._is_checked = not self.options.check
-        self.noted: dict[str, list[dict[str, Any]]] = {"truncated": [], "skipped": [], "empty": [], "too_long": []}
+        self.noted: dict[str, list[dict[str, Any]]] = {"truncated": [], "skipped": [], "empty": []}
         self.counts, self.warnings = Counter[str](), list[str]()
 
     @property
@@ -156,40 +156,55 @@ class BenchLM(TemplateLM):
         """Log p in nats of each continuation after its context, and whether greedy decoding would give it."""
         texts = [tuple(request.args) for request in requests]
         pairs = self.encoder.pairs(texts)
-        scores = self._scores(pairs, [self._key("loglikelihood", *text) for text in texts], requests, disable_tqdm)
+        pieces = [self._pieces(*each) for each in zip(pairs, requests, strict=True)]
+        scores = self._summed(pieces, [self._key("loglikelihood", *text) for text in texts], requests, disable_tqdm)
         times = Counter(context for context, _ in texts)  # of several choices most are wrong, and should be improbable
-        self._warn_of_guessing([each for each, text in zip(zip(pairs, scores, strict=True), texts, strict=True) if times[text[0]] == 1])
+        single = [n for n, (context, _) in enumerate(texts) if times[context] == 1]
+        self._warn_of_guessing([(len(pairs[n][1]), scores[n].log_p) for n in single])
         return [(each.log_p, each.is_greedy) for each in scores]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log p of each text, of which every token is predicted once, in windows as lm-eval cuts them."""
         texts = [request.args[0] for request in requests]
-        pairs: list[Pair] = []
-        keys: list[str] = []
-        of: list[int] = []
-        for number, (text, ids) in enumerate(zip(texts, self.encoder.rolling(texts), strict=True)):
-            windows = get_rolling_token_windows(ids, self.prefix_token_id, max_seq_len=self.max_length, context_len=1)
-            for place, window in enumerate(map(make_disjoint_window, windows)):
-                pairs.append(window)
-                keys.append(self._key("loglikelihood_rolling", text, place))
-                of.append(number)
-        scores = self._scores(pairs, keys, [requests[n] for n in of], disable_tqdm)
-        self._warn_of_guessing(list(zip(pairs, scores, strict=True)))
-        sums = [0.0] * len(requests)
-        for number, found in zip(of, scores, strict=True):
-            sums[number] += found.log_p
-        return sums
+        pieces = [self._windows(ids, self.prefix_token_id) for ids in self.encoder.rolling(texts)]
+        keys = [self._key("loglikelihood_rolling", text) for text in texts]
+        scores = self._summed(pieces, keys, requests, disable_tqdm)
+        lengths = [sum(len(continuation) for _, continuation in those) for those in pieces]
+        self._warn_of_guessing([(length, each.log_p) for length, each in zip(lengths, scores, strict=True)])
+        return [each.log_p for each in scores]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         """The same for pairs of ids."""
-        pairs = [(context, continuation) for _, context, continuation in requests]
-        keys = [self._key("tokens", *map(list, pair)) for pair in pairs]
-        return [(each.log_p, each.is_greedy) for each in self._scores(pairs, keys, requests, disable_tqdm)]
+        pieces = [self._pieces((context, continuation), text) for text, context, continuation in requests]
+        keys = [self._key("tokens", context, continuation) for _, context, continuation in requests]
+        return [(each.log_p, each.is_greedy) for each in self._summed(pieces, keys, requests, disable_tqdm)]
+
+    def _pieces(self, pair: Pair, request: Any) -> list[Pair]:
+        """A pair as it can be read: a continuation that alone is too long in windows, each of its tokens predicted once."""
+        if len(pair[1]) <= self.max_length or self.options.truncation == "skip":
+            return [pair]
+        self._note("truncated", request, tokens=len(pair[0]) + len(pair[1]))
+        return self._windows(list(pair[1]), pair[0][-1])
+
+    def _windows(self, ids: list[int], before: int) -> list[Pair]:
+        """Ids after the token before them, in windows as lm-eval cuts them."""
+        return list(map(make_disjoint_window, get_rolling_token_windows(ids, before, max_seq_len=self.max_length, context_len=1)))
 
     def _key(self, kind: str, *args: Any) -> str:
         return key_of(kind, *self._asked_as, *args)
+
+    def _summed(self, pieces: Sequence[Sequence[Pair]], keys: Sequence[str], requests: Sequence[Any], disable_tqdm: bool) -> list[Score]:
+        """The score of every request, which is the sum of those of its pieces."""
+        places = [(number, place) for number, those in enumerate(pieces) for place in range(len(those))]
+        pairs = [pieces[number][place] for number, place in places]
+        own = [f"{keys[number]} {place}" for number, place in places]
+        scores = self._scores(pairs, own, [requests[number] for number, _ in places], disable_tqdm)
+        found = [CERTAIN] * len(pieces)
+        for (number, _), score in zip(places, scores, strict=True):
+            found[number] = Score(found[number].log_p + score.log_p, found[number].is_greedy and score.is_greedy)
+        return found
 
     def _scores(self, pairs: Sequence[Pair], keys: Sequence[str], requests: Sequence[Any], disable_tqdm: bool) -> list[Score]:
         """The score of every pair: from the store what is there, the rest by passes, each kept as soon as it is known."""
@@ -223,9 +238,9 @@ class BenchLM(TemplateLM):
             self._note("empty", request)
             return CERTAIN
         if len(context) < len(pair[0]):
-            kind = "skipped" if self.options.truncation == "skip" else "truncated" if context else "too_long"
+            kind = "skipped" if self.options.truncation == "skip" else "truncated"
             self._note(kind, request, tokens=len(pair[0]) + len(pair[1]))
-            return SKIPPED if kind == "skipped" else IMPOSSIBLE if kind == "too_long" else None
+            return SKIPPED if kind == "skipped" else None
         return None
 
     def _note(self, kind: str, request: Any, **more: Any) -> None:
@@ -247,9 +262,9 @@ class BenchLM(TemplateLM):
             self.invariance = check(self.reader, pairs, self.max_length, dtype)
             self._is_checked = True
 
-    def _warn_of_guessing(self, found: Sequence[tuple[Pair, Score]]) -> None:
-        """Say so where the model is worse than one that takes every token for equally likely."""
-        finite = [(len(pair[1]), score.log_p) for pair, score in found if math.isfinite(score.log_p)]
+    def _warn_of_guessing(self, found: Sequence[tuple[int, float]]) -> None:
+        """Say so where, by tokens and log p of texts, the model is worse than one that takes every token for equally likely."""
+        finite = [(length, log_p) for length, log_p in found if math.isfinite(log_p)]
         tokens, nats = sum(length for length, _ in finite), -sum(log_p for _, log_p in finite)
         if tokens and nats > tokens * math.log(self.reader.vocab_size):
             seen = f"perplexity {math.exp(min(nats / tokens, 700.0)):.4g} a token over {tokens:,} tokens"

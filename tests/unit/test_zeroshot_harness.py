@@ -325,14 +325,14 @@ def test_truncated_items_are_counted_and_listed(data, tmp_path):
     lm = Lengths()
     lm.told_items = {"truncated": [{"task": "piqa", "doc": 4, "choice": choice, "tokens": 99} for choice in (0, 1)]}
     lm.told_items["truncated"].append({"task": "piqa", "doc": 5, "choice": 0, "tokens": 99})
-    lm.told_items |= {"too_long": [{"task": "piqa", "doc": doc, "choice": 1, "tokens": 99} for doc in (4, 7)]}
+    lm.told_items |= {"skipped": [{"task": "piqa", "doc": doc, "choice": 1, "tokens": 99} for doc in (4, 7)]}
     outcome = ask("piqa", lm, folder=tmp_path)
     assert (outcome.truncated, outcome.skipped) == (1, 2)
     assert outcome.metrics[0].num_items == len(PIQA) - 2
     assert outcome.details["scoring"]["items"]["truncated"][0] == {"task": "piqa", "doc": 4, "choice": 0, "tokens": 99}
     with lzma.open(tmp_path / harness.ITEMS, "rt") as file:
         noted = {record["doc_id"]: record["noted"] for record in map(json.loads, file) if "noted" in record}
-    assert noted == {4: ["too_long", "truncated"], 5: ["truncated"], 7: ["too_long"]}
+    assert noted == {4: ["skipped", "truncated"], 5: ["truncated"], 7: ["skipped"]}
 
 
 def test_items_that_are_left_out_are_in_no_denominator(data):

@@ -172,13 +172,32 @@ def test_too_long_requests_are_left_out_where_that_is_asked_for(own_folder):
         BenchLM(own_folder, device="cpu", truncation="right")
 
 
-def test_empty_continuations_and_those_that_cannot_fit_stop_nothing(own_folder):
+def test_empty_continuations_stop_nothing(own_folder):
     bench = BenchLM(own_folder, device="cpu")
-    found = bench.loglikelihood([Request(("a", ""), "t", 4, 1), Request(("", "")), Request(("a", "b" * 200)), Request(("a", "b"))])
-    assert found[:3] == [(0.0, True), (0.0, True), (-math.inf, False)]
-    assert math.isfinite(found[3][0])
-    assert (bench.told()["empty"], bench.told()["too_long"]) == (2, 1)
+    found = bench.loglikelihood([Request(("a", ""), "t", 4, 1), Request(("", "")), Request(("a", "b"))])
+    assert found[:2] == [(0.0, True), (0.0, True)]
+    assert math.isfinite(found[2][0])
+    assert bench.told()["empty"] == 2
     assert bench.told()["items"]["empty"][0] == {"task": "t", "doc": 4, "choice": 1}
+
+
+def test_a_continuation_that_is_longer_than_all_that_is_read_is_scored_in_windows(own_folder):
+    """Each token once: the sum of windows that follow one another, the first after the last token of the context."""
+    bench = BenchLM(own_folder, device="cpu", max_length=16, check=False)
+    continuation = " and so on and on and on and on and on"
+    ((log_p, _),) = bench.loglikelihood([Request(("first", continuation), "t", 4, 1)])
+    ids, before = bench.tok_encode(continuation, False), bench.tok_encode("first", False)[-1]
+    starts = range(0, len(ids), 16)
+    expected = 0.0
+    for start in starts:
+        window = torch.tensor([[before, *ids][max(0, min(start, len(ids) - 16)) : min(start + 16, len(ids)) + 1]])
+        nats_BT, _ = bench.model.losses(window[:, :-1], window[:, 1:])
+        expected -= float(nats_BT[0, -(min(start + 16, len(ids)) - start) :].sum())
+    assert log_p == pytest.approx(expected, abs=1e-3)
+    assert bench.told()["items"]["truncated"] == [{"task": "t", "doc": 4, "choice": 1, "tokens": len(ids) + 6}]
+    assert math.isnan(
+        BenchLM(own_folder, device="cpu", max_length=16, truncation="skip").loglikelihood([Request(("first", continuation))])[0][0]
+    )
 
 
 class Counted(scoring.Scorer):

@@ -310,7 +310,10 @@ class BenchLM(TemplateLM):
         until = [*settings.until, self.encoder.end]
 
         def is_done(ids: list[int]) -> bool:
-            return ids[-1] == self.eot_token_id or any(end and end in self.encoder.decode(ids) for end in settings.until)
+            if ids[-1] == self.eot_token_id or ids[-1] in self.reader.ends:
+                return True
+            text = self.encoder.decode(ids, special=True)  # an end string may be a special token
+            return any(end and end in text for end in settings.until)
 
         found = generation.generate(self.reader, prompts, settings.most, is_done)
         ended = [ids[:-1] if ids and ids[-1] == self.eot_token_id else ids for ids in found]

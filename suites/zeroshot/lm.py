@@ -72,7 +72,7 @@ class BenchLM(TemplateLM):
         if model is None:
             folder = hub.folder_of(str(pretrained))
             own, identity = loading.is_own_folder(folder), identity_of(folder)
-            model, found = loading.load(folder, self.options.backend, self.options.device or self.ranks.device, self.options.dtype)
+            model, found = loading.load(folder, self.options.backend, self.ranks.device(self.options.device), self.options.dtype)
             tokenizer = tokenizer or found
         elif self.options.dtype != "auto":
             self._autocast = loading.dtype_of({}, self.options.dtype, "cpu")

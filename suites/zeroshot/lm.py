@@ -83,10 +83,15 @@ class BenchLM(TemplateLM):
         self.encoder = Encoder(tokenizer, "always" if is_ours and self.options.bos == "auto" else self.options.bos)
         self.scorer = Scorer(self.reader, self.options.limits(self.reader))
         self.stored = Store(None if store is None else Path(store))
-        self._asked_as = (identity, self.encoder.bos, self.options.truncation, self.max_length)
+        self._asked_as = (identity, str(self._dtype), self.encoder.bos, self.options.truncation, self.max_length)
         self._is_checked = not self.options.check
         self.noted: dict[str, list[dict[str, Any]]] = {"truncated": [], "skipped": [], "empty": [], "too_long": []}
         self.counts, self.warnings = Counter[str](), list[str]()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The coarsest type that computes."""
+        return self._autocast or next(self.model.parameters()).dtype
 
     @property
     def max_length(self) -> int:
@@ -243,8 +248,7 @@ class BenchLM(TemplateLM):
     def _check_once(self, pairs: Sequence[Pair]) -> None:
         """The first time, see that batches do not matter."""
         if pairs and not self._is_checked:
-            dtype = self._autocast or next(self.model.parameters()).dtype
-            self.invariance = check(self.reader, pairs, self.max_length, dtype)
+            self.invariance = check(self.reader, pairs, self.max_length, self._dtype)
             self._is_checked = True
 
     def _warn_of_guessing(self, found: Sequence[tuple[Pair, Score]]) -> None:

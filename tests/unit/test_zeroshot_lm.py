@@ -254,7 +254,7 @@ def test_texts_and_continuations_are_stored_too(own_folder, tmp_path, monkeypatc
 def test_results_of_other_weights_or_rules_are_not_taken(own_folder, tmp_path):
     store, requests = tmp_path / "results.jsonl", questions()[:4]
     other = own(tmp_path / "other", forget_bias=2.0)
-    for words in ({}, {"bos": "never"}, {"max_length": 64}, {"pretrained": other}):
+    for words in ({}, {"bos": "never"}, {"max_length": 64}, {"dtype": "float64"}, {"pretrained": other}):
         bench = BenchLM(**{"pretrained": own_folder, "device": "cpu", "store": store} | words)
         bench.loglikelihood(requests)
         assert bench.told()["stored"] == 0

@@ -81,9 +81,9 @@ class Encoder:
         found = self.encode_all(texts, special=None if self.bos == "auto" else False)
         return [found[text] for text in texts]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, special tokens left out."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """The text of ids; special tokens are left out unless asked for."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=not special))
 
     @property
     def end(self) -> str:

@@ -72,7 +72,7 @@ class BenchLM(TemplateLM):
         if model is None:
             folder = hub.folder_of(str(pretrained))
             own, identity = loading.is_own_folder(folder), identity_of(folder)
-            model, found = loading.load(folder, self.options.backend, self.options.device or self.ranks.device, self.options.dtype)
+            model, found = loading.load(folder, self.options.backend, self.ranks.device(self.options.device), self.options.dtype)
             tokenizer = tokenizer or found
         elif self.options.dtype != "auto":
             self._autocast = loading.dtype_of({}, self.options.dtype, "cpu")
@@ -83,10 +83,15 @@ class BenchLM(TemplateLM):
         self.encoder = Encoder(tokenizer, "always" if is_ours and self.options.bos == "auto" else self.options.bos)
         self.scorer = Scorer(self.reader, self.options.limits(self.reader))
         self.stored = Store(None if store is None else Path(store))
-        self._asked_as = (identity, self.encoder.bos, self.options.truncation, self.max_length)
+        self._asked_as = (identity, str(self._dtype), self.encoder.bos, self.options.truncation, self.max_length)
         self._is_checked = not self.options.check
         self.noted: dict[str, list[dict[str, Any]]] = {"truncated": [], "skipped": [], "empty": []}
         self.counts, self.warnings = Counter[str](), list[str]()
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The coarsest type that computes."""
+        return self._autocast or next(self.model.parameters()).dtype
 
     @property
     def max_length(self) -> int:
@@ -258,8 +263,7 @@ class BenchLM(TemplateLM):
     def _check_once(self, pairs: Sequence[Pair]) -> None:
         """The first time, see that batches do not matter."""
         if pairs and not self._is_checked:
-            dtype = self._autocast or next(self.model.parameters()).dtype
-            self.invariance = check(self.reader, pairs, self.max_length, dtype)
+            self.invariance = check(self.reader, pairs, self.max_length, self._dtype)
             self._is_checked = True
 
     def _warn_of_guessing(self, found: Sequence[tuple[int, float]]) -> None:
@@ -325,7 +329,10 @@ class BenchLM(TemplateLM):
         until = [*settings.until, self.encoder.end]
 
         def is_done(ids: list[int]) -> bool:
-            return ids[-1] == self.eot_token_id or any(end and end in self.encoder.decode(ids) for end in settings.until)
+            if ids[-1] == self.eot_token_id or ids[-1] in self.reader.ends:
+                return True
+            text = self.encoder.decode(ids, special=True)  # an end string may be a special token
+            return any(end and end in text for end in settings.until)
 
         found = generation.generate(self.reader, prompts, settings.most, is_done)
         ended = [ids[:-1] if ids and ids[-1] == self.eot_token_id else ids for ids in found]

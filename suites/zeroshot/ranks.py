@@ -7,6 +7,9 @@ from torch import Tensor, distributed
 
 from hgrn2_bench.distributed import World, current, world
 
+UNSAID = "cuda:0"
+"""The device that lm-eval's command names where its user names none."""
+
 
 class Ranks:
     """One process among the others, with a line of its own to them.
@@ -23,9 +26,10 @@ class Ranks:
                 distributed.init_process_group("gloo")
             self._line = distributed.new_group(backend="gloo")
 
-    @property
-    def device(self) -> str:
-        """Where this process computes unless told otherwise."""
+    def device(self, asked: str | None) -> str:
+        """Where this process computes: as asked, else on a GPU of its own, without one on the CPU."""
+        if asked and asked != UNSAID:
+            return asked
         return f"cuda:{self.local_rank}" if torch.cuda.is_available() else "cpu"
 
     def all_gather(self, tensor: Tensor) -> Tensor:

@@ -40,6 +40,8 @@ class Ours:
     Its states, the caches of attention among them, may follow a common beginning, unless positions are looked up in a table.
     """
 
+    ends: frozenset[int] = frozenset()
+
     def __init__(self, model: LanguageModel) -> None:
         """ValueError for a model in training mode."""
         if model.training:
@@ -105,6 +107,12 @@ def cache_of(out: Any) -> Any:
     return next((getattr(out, name) for name in CACHES if hasattr(out, name)), None)
 
 
+def _ends(model: Any) -> frozenset[int]:
+    """What a model's generation_config names as ends: none, one, or several as chat models have them."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return frozenset(ends if isinstance(ends, list | tuple) else () if ends is None else (ends,))
+
+
 class Foreign:
     """A causal language model of transformers. Only plain caches of keys and values are shared between requests."""
 
@@ -115,6 +123,8 @@ class Foreign:
         self.model, self.max_length = model, max_length
         self.vocab_size: int = model.get_input_embeddings().weight.shape[0]
         self.head: nn.Module | None = model.get_output_embeddings()
+        self.ends = _ends(model)
+        """Tokens that end what it writes, beside its tokenizer's own."""
         self.cache = next(name for name in CACHES if name in inspect.signature(model.forward).parameters or name == CACHES[-1])
         self.can_reuse = self._is_plain()
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ pytest.importorskip("lm_eval")
 from zeroshot_lms import LENGTH, VOCAB, Request, as_fla, foreign, model_of, own, questions, tokenizer
 
 from hgrn2_bench.errors import ConfigError, DataError
-from suites.zeroshot import invariance, lm, loading, scoring
+from suites.zeroshot import generation, invariance, lm, loading, scoring
 from suites.zeroshot.lm import BenchLM
 from suites.zeroshot.reading import Foreign
 
@@ -65,6 +66,26 @@ def test_whole_texts_score_as_with_lm_evals_own_model(folder):
 def test_continuations_are_those_of_lm_evals_own_model(folder, until):
     requests = [Request((prompt, {"until": until, "max_gen_toks": 12, "do_sample": False})) for prompt in PROMPTS]
     assert BenchLM(folder, device="cpu").generate_until(requests) == stock(folder).generate_until(requests, disable_tqdm=True)
+
+
+@QUIET
+@pytest.mark.parametrize("as_words", [False, True])
+def test_a_special_token_ends_a_continuation_as_in_lm_evals_own_model(folder, tmp_path, as_words):
+    """A chat model names several ends in its generation_config; a task may name a special token as an end string."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    usual = BenchLM(folder, device="cpu", check=False)
+    written = generation.generate(usual.reader, [usual.tok_encode(PROMPTS[0])], 3, lambda ids: False)[0]
+    told, last = usual.tokenizer, written[2]
+    end = told.convert_ids_to_tokens(last)
+    told.add_special_tokens({"additional_special_tokens": [end]})
+    told.save_pretrained(tmp_path)
+    if not as_words:
+        config = json.loads((tmp_path / "generation_config.json").read_text())
+        (tmp_path / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [1, last]}))
+    requests = [Request((prompt, {"until": [end] if as_words else [], "max_gen_toks": 12})) for prompt in PROMPTS]
+    got = BenchLM(tmp_path, device="cpu").generate_until(requests)
+    assert got == stock(tmp_path).generate_until(requests, disable_tqdm=True)
+    assert got[0] == usual.encoder.decode(written[:2])
 
 
 def test_a_cache_of_keys_and_values_is_shared_and_saves_tokens(folder):
@@ -252,7 +273,7 @@ def test_texts_and_continuations_are_stored_too(own_folder, tmp_path, monkeypatc
 def test_results_of_other_weights_or_rules_are_not_taken(own_folder, tmp_path):
     store, requests = tmp_path / "results.jsonl", questions()[:4]
     other = own(tmp_path / "other", forget_bias=2.0)
-    for words in ({}, {"bos": "never"}, {"max_length": 64}, {"pretrained": other}):
+    for words in ({}, {"bos": "never"}, {"max_length": 64}, {"dtype": "float64"}, {"pretrained": other}):
         bench = BenchLM(**{"pretrained": own_folder, "device": "cpu", "store": store} | words)
         bench.loglikelihood(requests)
         assert bench.told()["stored"] == 0

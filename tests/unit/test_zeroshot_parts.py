@@ -131,6 +131,25 @@ metric_list:
 """
 
 
+@pytest.mark.parametrize(
+    ("asked", "has_gpu", "device"),
+    [
+        (None, True, "cuda:2"),
+        ("cuda:0", True, "cuda:2"),
+        ("cuda:1", True, "cuda:1"),
+        ("cpu", True, "cpu"),
+        (None, False, "cpu"),
+        ("cuda:0", False, "cpu"),
+    ],
+)
+def test_where_lm_eval_names_its_usual_device_each_process_takes_its_own(monkeypatch, asked, has_gpu, device):
+    """`lm_eval` without --device says cuda:0, on machines without a GPU too, and to each of several processes."""
+    ranks = Ranks()
+    ranks.local_rank = 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert ranks.device(asked) == device
+
+
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("lm_eval")

@@ -59,7 +59,8 @@ def _table(parts: Sequence[Part], protocol: Protocol, metric: str) -> Table:
     title = f"{protocol.name}, preset {parts[0].runs[0].row.preset}: average {metric} on test data ({protocol.unit})"
     at_floor = "no better than the floor" if protocol.averaged_as else "not learned in this budget"
     marked = [f"{AT_FLOOR} {at_floor}"] if any(str(cell).endswith(AT_FLOOR) for row in body for cell in row) else []
-    notes = [f"tasks: {', '.join(names)}", "of several seeds the mean", *marked]
+    several = any(len(line.runs) > 1 for lines in found.values() for each in lines.values() for line in each)
+    notes = [f"tasks: {', '.join(names)}", *["of several seeds the mean"] * several, *marked]
     errors = ["± is the standard error over the items of all tasks"] if any("±" in str(cell) for row in body for cell in row) else []
     return Table(title, columns, tuple(body), (*notes, *errors))
 

@@ -32,5 +32,5 @@ def fetch(name: str) -> Path:
     try:
         return Path(library.snapshot_download(name, allow_patterns=[*FILES, *MORE_FILES]))
     except Exception as error:  # no network, no such name, no right to it, a full disk: each has a class of its own
-        why = f"{type(error).__name__}: {one_line(error)[:200]}"
+        why = f"{type(error).__name__}: {one_line(error).partition('. ')[0][:200]}"
         raise ConfigError(f"{name}: not a folder here, and the Hugging Face hub did not give it ({why})") from None

@@ -154,12 +154,12 @@ def make_plan(words: Sequence[str], device: str, files: bool = True) -> Plan:
     parsed = parse_words(words)
     protocol, preset_name, preset = _protocol_and_preset(parsed)
     given = {word.key: word for word in parsed if not word.owner}
-    tasks = _tasks(given["task"].values if "task" in given else tuple(preset.tasks), protocol, preset_name)
     preset_words = parse_words(preset.words)
     refs = next((w.values for w in (*parsed, *preset_words) if w.name == "model"), ())
     if not refs:
         raise ConfigError(f"preset={preset_name} names no model: write model=DIR for the folder of a trained one")
     chosen = [registry.model(str(ref)) for ref in refs]
+    tasks = _tasks(given["task"].values if "task" in given else tuple(preset.tasks), protocol, preset_name)
     check_names(parsed, protocol, chosen)
     check_models(chosen)
     check_trained(parsed, protocol, chosen)
@@ -188,7 +188,9 @@ def _tasks(names: Sequence[Any], protocol: Protocol, preset_name: str) -> dict[s
         elif preset.open_tasks and protocol.open_task:
             found[name] = parse_words(protocol.open_task(name))
         else:
-            raise unknown(f"task of {protocol.name} preset={preset_name}", name, preset.tasks)
+            error = unknown(f"task of {protocol.name} preset={preset_name}", name, preset.tasks)
+            others = [other for other, each in protocol.presets.items() if each.open_tasks and protocol.open_task]
+            raise ConfigError(f"{error} Any other is for trained models: preset={others[0]} model=DIR.") if others else error
     return found
 
 

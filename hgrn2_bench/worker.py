@@ -50,7 +50,7 @@ def main(pipe: Connection, threads: int, gpu: int) -> None:
     if visible != "":  # empty: the user hides every GPU
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[gpu] if visible else str(gpu)
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
-    signal.signal(SIGNAL, signal.SIG_IGN)  # until a cell listens to it
+    signal.pthread_sigmask(signal.SIG_BLOCK, (SIGNAL,))  # until a cell listens to it
     inbox = _Inbox(pipe)
     import torch
 

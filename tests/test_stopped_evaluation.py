@@ -105,10 +105,15 @@ def test_work_that_does_not_ask_is_left_and_work_that_does_is_not():
             ask()
 
     run(lambda: signal.raise_signal(stopping.SIGNAL))  # of somebody else: nothing is to stop
-    for work in (own_time, lambda: seen.append("asked before"), deaf):
+    for work in (own_time, deaf):
         with pytest.raises(InterruptedTrainingError):
             run(work)
-        if work is not own_time:
-            stop.clear()
-    assert seen == ["after", "own time"]
+        stop.clear()
+    with stopping.in_its_own_time():  # as a worker is before it runs a cell
+        ask()
+        with pytest.raises(InterruptedTrainingError):
+            run(lambda: seen.append("asked before"))
+    run(lambda: None)  # told of a stop in no other way, as processes that work together
+    assert seen == ["after", "own time", "after"]
     assert signal.getsignal(stopping.SIGNAL) == signal.SIG_DFL
+    assert stopping.SIGNAL not in signal.pthread_sigmask(signal.SIG_BLOCK, ())

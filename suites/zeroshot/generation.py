@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from hgrn2_bench.errors import ConfigError, unknown
+from hgrn2_bench.trainer import DivergedError
+from suites.zeroshot.scoring import NOT_A_NUMBER
 
 MAX_GEN_TOKENS = 256
 """Where a request does not say; as in lm-eval."""
@@ -82,7 +84,10 @@ def batches(prompts: Sequence[Sequence[int]], rows: int, can_join: bool) -> list
 
 @torch.no_grad()
 def generate(model: Stepper, prompts: Sequence[Sequence[int]], most: int, is_done: Callable[[list[int]], bool]) -> list[list[int]]:
-    """The most probable next tokens of every prompt, at most `most` each; a row ends with the token that makes it done."""
+    """The most probable next tokens of every prompt, at most `most` each; a row ends with the token that makes it done.
+
+    DivergedError where the model gives no numbers.
+    """
     lengths = sorted({len(prompt) for prompt in prompts})
     parts, order = [], []
     for length in lengths:
@@ -90,6 +95,8 @@ def generate(model: Stepper, prompts: Sequence[Sequence[int]], most: int, is_don
         order += numbers
         parts.append(model.begin(torch.tensor([list(prompts[n]) for n in numbers], device=model.device), length + most))
     logits_BV = torch.cat([logits for logits, _ in parts])
+    if torch.isnan(logits_BV).any():
+        raise DivergedError(NOT_A_NUMBER)
     states = parts[0][1] if len(parts) == 1 else model.joined([states for _, states in parts])
     found: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))

@@ -69,7 +69,7 @@ def dtype_of(content: dict[str, Any], name: str, device: str) -> torch.dtype:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    """The tokenizer of a folder. DataError, one line, where there is none or it is damaged."""
+    """The tokenizer of a folder. DataError, one line, where there is none, it is damaged, or has more entries than a model of ours."""
     library, content = needed("transformers", "transformers", f"{folder}: its tokenizer", hub.INSTALL), weights.read_config(folder)
     if trained.is_own(content) and not (folder / FILES[0]).is_file() and tokenizer_files_of(card := trained.read_card(folder).tokenizer):
         return tokenizer_of_card(card)
@@ -77,12 +77,22 @@ def tokenizer_of(folder: Path) -> Any:
         raise DataError(f"{folder} has no tokenizer (tokenizer.json): copy the one that the model was trained with there")
     try:
         if trained.is_own(content):
-            return library.PreTrainedTokenizerFast.from_pretrained(folder)
+            return _fitting(library.PreTrainedTokenizerFast.from_pretrained(folder), folder, content)
         known = content["model_type"] in library.CONFIG_MAPPING
         config = {} if known else {"config": library.PretrainedConfig.from_dict(content)}  # else it warns of a type that it does not know
         return library.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **config)
+    except DataError:
+        raise
     except Exception as error:  # the libraries have no narrower one
         raise DataError(f"{folder}: its tokenizer cannot be read ({one_line(error)[:200]}): copy its files again") from None
+
+
+def _fitting(tokenizer: Any, folder: Path, content: Mapping[str, Any]) -> Any:
+    """The tokenizer, where a checkpoint of ours has an id for each of its entries."""
+    if len(tokenizer) > content["vocab_size"]:
+        wrong = f"{folder}: its tokenizer has {len(tokenizer)} entries and the model {content['vocab_size']}"
+        raise DataError(f"{wrong}: it is another model's; copy the one that the model was trained with there")
+    return tokenizer
 
 
 def tokenizer_of_card(card: Mapping[str, str]) -> Any:

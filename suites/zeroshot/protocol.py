@@ -5,6 +5,7 @@ Sources: the zero-shot table of the HGRN2 paper (arXiv 2404.07904), and lm-evalu
 
 from pathlib import Path
 
+from hgrn2_bench.config import require
 from hgrn2_bench.protocol import Figure, Protocol
 from suites.zeroshot.presets import PRESETS, SIX
 from suites.zeroshot.settings import SMOKE, ZeroshotConfig
@@ -27,6 +28,7 @@ def fingerprint(config: ZeroshotConfig, model: Path | None = None) -> str:
 
 def open_task(name: str) -> tuple[str, ...]:
     """The words of any of lm-eval's tasks. ConfigError with the nearest names for what is none."""
+    require(name != SMOKE, f"task={SMOKE} asks models that are trained in place: write preset={SMOKE}, without a folder as model")
     from suites.zeroshot.catalogue import words_of
 
     return words_of(name)

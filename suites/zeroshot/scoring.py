@@ -18,12 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hgrn2_bench.trainer import DivergedError
+
 BLOCK = 8
 """Contexts are cut at multiples of so many tokens."""
 LEAST_SAVED = 0.2
 """A context is read apart only where that saves at least this share of the tokens of its requests."""
 CHUNK_LOGITS = 2**25
 """Logits in float32 that exist at once."""
+
+NOT_A_NUMBER = "the model's probabilities are no numbers: look at its weights for NaN and infinity, and at its dtype for overflow"
 
 Ids = tuple[int, ...]
 Pair = tuple[Sequence[int], Sequence[int]]
@@ -239,7 +243,7 @@ class Scorer:
 
     @torch.no_grad()
     def run(self, batch: Pass) -> dict[int, Score]:
-        """The score of every request of a pass, by its number."""
+        """The score of every request of a pass, by its number. DivergedError where the model gives no numbers."""
         states, width = None, padded_width(max(map(len, batch.rows)) - batch.cut, batch.cut, self.limits)
         if batch.cut:
             prompts = [group.rows[0].context[: batch.cut] for group in batch.groups]
@@ -252,6 +256,8 @@ class Scorer:
             ids_BT[b, : len(behind)] = behind
         asked = _asked(batch, width)
         log_p_E, hits_E = self._predictions(ids_BT, asked, states)
+        if np.isnan(log_p_E).any():
+            raise DivergedError(NOT_A_NUMBER)
         self._count(batch)
         starts = np.cumsum([0, *asked.lengths[:-1]])
         sums, greedy = np.add.reduceat(log_p_E, starts), np.logical_and.reduceat(hits_E, starts)

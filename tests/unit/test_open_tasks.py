@@ -64,7 +64,10 @@ def test_an_unknown_task_is_refused_in_the_words_of_the_suite():
 
 
 def test_other_presets_take_their_own_tasks_alone():
-    with pytest.raises(ConfigError, match=r"Unknown task of zeroshot preset=smoke 'piqa'\. Available: smoke\."):
+    with pytest.raises(
+        ConfigError,
+        match=r"Unknown task of zeroshot preset=smoke 'piqa'\. Available: smoke\. Any other is for trained models: preset=evaluate",
+    ):
         cells("preset=smoke", "task=piqa")
 
 

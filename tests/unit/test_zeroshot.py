@@ -383,3 +383,17 @@ def test_the_command_line_runs_it_and_finds_it_again(tmp_path):
     (row,) = {line for path in tmp_path.glob("cells/*/*/rows.jsonl") for line in path.read_text().splitlines()[:1]}
     assert json.loads(row)["status"] == "ok"
     assert str(tmp_path) not in json.dumps(json.loads(row)["settings"])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["model=nowhere", "task=piqa"], "Unknown model 'nowhere'"),
+        (["model=hgrn2", "task=piqa"], "Available: smoke. Any other is for trained models: preset=evaluate model=DIR."),
+        (["preset=evaluate", "model=hgrn2", "task=smoke"], "task=smoke asks models that are trained in place: write preset=smoke"),
+    ],
+)
+def test_models_and_tasks_that_do_not_fit_name_what_is_wrong(words, told):
+    with pytest.raises(ConfigError) as caught:
+        make_plan(["suite=zeroshot", *words], "cpu")
+    assert told in str(caught.value)

@@ -14,6 +14,7 @@ pytest.importorskip("lm_eval")
 from zeroshot_lms import LENGTH, VOCAB, Request, as_fla, foreign, model_of, own, questions, tokenizer
 
 from hgrn2_bench.errors import ConfigError, DataError
+from hgrn2_bench.trainer import DivergedError
 from suites.zeroshot import generation, invariance, lm, loading, scoring
 from suites.zeroshot.lm import BenchLM
 from suites.zeroshot.reading import Foreign
@@ -414,3 +415,23 @@ def test_positions_beyond_a_table_are_refused(tmp_path):
     folder = own(tmp_path / "model", "attention", positions="learned")
     with pytest.raises(ConfigError, match="max_length=129, but positions=learned knows only 128"):
         BenchLM(folder, device="cpu", max_length=129)
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_model_that_gives_no_numbers_diverged(check):
+    model = model_of()
+    with torch.no_grad():
+        model.embedding.weight[5] = math.nan
+    bench = BenchLM(model=model, tokenizer=tokenizer(), check=check)
+    for ask in (lambda: bench.loglikelihood(questions()), lambda: bench.generate_until([Request(("x", {"max_gen_toks": 3}))])):
+        with pytest.raises(DivergedError, match="probabilities are no numbers"):
+            ask()
+
+
+def test_a_tokenizer_with_more_entries_than_a_model_of_ours_is_another_models(own_folder, tmp_path):
+    shutil.copytree(own_folder, tmp_path / "model")
+    larger = tokenizer()
+    larger.add_tokens(["one more"])
+    larger.save_pretrained(tmp_path / "model")
+    with pytest.raises(DataError, match=f"its tokenizer has {VOCAB + 1} entries and the model {VOCAB}: it is another model's"):
+        BenchLM(tmp_path / "model", device="cpu")

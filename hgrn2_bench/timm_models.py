@@ -88,6 +88,7 @@ class TimmVision(VisionModel):
         self,
         x: Tensor,
         indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
@@ -95,25 +96,30 @@ class TimmVision(VisionModel):
     ) -> Any:
         """What the chosen blocks leave, (B, D, rows, columns) or with NLC (B, T, D), the class token apart; and the final hidden states.
 
-        `indices` are the last so many blocks, or these; all by default. ValueError for another format.
+        `indices` are the last so many blocks, or these; all by default. With `return_prefix_tokens` each comes in a pair with its class
+        token (B, 1, D), where there is one. ValueError for another format.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt={output_fmt!r} must be NCHW or NLC")
         taken, last = feature_take_indices(len(self.blocks), indices)
-        grid, found = self.grid_of(x), []
+        grid, first, found = self.grid_of(x), int(self.patches.class_token), []
         ctx = Context(shared=self.shared(), grid=grid)
         x_BTD = self.embed(x)
         for place, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
             ctx = replace(ctx, aside={})
             x_BTD = recomputed(block, x_BTD, ctx) if self.config.recompute and torch.is_grad_enabled() else block(x_BTD, ctx)
             if place in taken:
-                kept = (self.norm(x_BTD) if norm else x_BTD)[:, int(self.patches.class_token) :]
-                found.append(kept.transpose(1, 2).unflatten(2, grid).contiguous() if output_fmt == "NCHW" else kept)
+                kept = self.norm(x_BTD) if norm else x_BTD
+                image = kept[:, first:].transpose(1, 2).unflatten(2, grid).contiguous() if output_fmt == "NCHW" else kept[:, first:]
+                found.append((image, kept[:, :first]) if return_prefix_tokens and first else image)
         return found if intermediates_only else (self.norm(x_BTD), found)
 
-    def get_intermediate_layers(self, x: Tensor, n: int | Sequence[int] = 1, reshape: bool = False, norm: bool = False) -> list[Tensor]:
+    def get_intermediate_layers(
+        self, x: Tensor, n: int | Sequence[int] = 1, reshape: bool = False, return_prefix_tokens: bool = False, norm: bool = False
+    ) -> list[Any]:
         """The same under DINO's name."""
-        found: list[Tensor] = self.forward_intermediates(x, n, norm, output_fmt="NCHW" if reshape else "NLC", intermediates_only=True)
+        kind = "NCHW" if reshape else "NLC"
+        found: list[Any] = self.forward_intermediates(x, n, return_prefix_tokens, norm, output_fmt=kind, intermediates_only=True)
         return found
 
     def prune_intermediate_layers(self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:

@@ -100,9 +100,10 @@ class VisionModel(Backbone):
         return self.embed_dropout(x_BTD + table_TD[: x_BTD.shape[1]])
 
     def pooled(self, x_BTD: Tensor) -> Tensor:
-        """The class token, or the mean over all patches, (B, D); in float32 or wider."""
+        """The class token, or the mean over all patches, (B, D); the mean in float32 or wider, both in the dtype of the parameters."""
         x_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
-        return x_BTD[:, 0] if self.patches.class_token else x_BTD.mean(1)
+        x_BD = x_BTD[:, 0] if self.patches.class_token else x_BTD.mean(1)
+        return x_BD.to(self.embedding.proj.weight.dtype)
 
     def logits(self, images_BCHW: Tensor) -> Tensor:
         """Logits (B, N)."""

@@ -89,4 +89,4 @@ def read_idx(path: Path, magic: int) -> np.ndarray:
     size = int(np.prod(shape))
     if len(content) != head.nbytes + size:
         raise DataError(f"{path}: {len(content) - head.nbytes:,} bytes of values, expected {size:,}: cut short; copy it again")
-    return np.frombuffer(content, np.uint8, offset=head.nbytes).reshape(shape)
+    return np.frombuffer(content, np.uint8, offset=head.nbytes).reshape(shape).copy()  # or it could not be written, of which torch warns

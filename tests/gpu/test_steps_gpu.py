@@ -103,8 +103,9 @@ def test_a_model_that_waits_for_the_gpu_stays_eager_and_trains_on(dropout):
     assert after.steps.mode == "CUDA graph"
 
 
-def test_dropout_draws_anew_at_each_replay():
-    training = Training(cell("embed_dropout=0.5"), graph=True)
+@pytest.mark.parametrize("words", [("embed_dropout=0.5",), ("drop_path=0.5", "num_layers=2")], ids=["dropout", "drop_path"])
+def test_what_is_dropped_is_drawn_anew_at_each_replay(words):
+    training = Training(cell(*words), graph=True)
     training.take([1e-3] * 5)
     losses = torch.stack([training.steps(training.task.batch(0), 0.0) for _ in range(4)])
     assert training.steps.mode == "CUDA graph"

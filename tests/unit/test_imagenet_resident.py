@@ -101,6 +101,7 @@ def test_fashion_is_read_from_its_idx_files(data, small, compressed):
     made.write_idx(data / "x", {"train": (pixels, labels), "t10k": (pixels[:10], labels[:10])}, compressed)
     found = load(ImagenetConfig(dataset="fashion", validation="test"))
     assert np.array_equal(found.splits["train"].pixels_NHWC[..., 0], pixels)
+    assert all(split.pixels_NHWC.flags.writeable for split in found.splits.values())
     assert found.splits["train"].image(1).mode == "RGB"
     assert found.classes[9] == "ankle boot"
     path = next((data / "x").glob("train-images*"))

@@ -90,9 +90,22 @@ def test_features_only_models_prune_what_is_not_needed():
     assert len(model.model.blocks) == 2
 
 
-def test_class_token_is_left_out_of_intermediates():
-    model = small("attention_vit_tiny", global_pool="token")
-    assert [t.shape for t in model.forward_intermediates(torch.randn(1, 3, 28, 28))[1]] == 2 * [(1, 192, 2, 2)]
+def test_class_token_is_left_out_of_intermediates_or_given_beside_them():
+    model, images = small("attention_vit_tiny", global_pool="token"), torch.randn(1, 3, 28, 28)
+    assert [t.shape for t in model.forward_intermediates(images)[1]] == 2 * [(1, 192, 2, 2)]
+    ((patches, token),) = model.get_intermediate_layers(images, 1, False, True, True)
+    assert torch.equal(torch.cat([token, patches], 1), model.forward_features(images))
+    plain = small()
+    assert plain.get_intermediate_layers(images, 1, False, True)[0].shape == (1, 4, 192)
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_models_work_in_the_precision_of_their_parameters(pool):
+    model = small("attention_vit_tiny", global_pool=pool).train().bfloat16()
+    logits = model(torch.randn(2, 3, 28, 28).bfloat16())
+    logits.sum().backward()
+    assert logits.dtype == torch.bfloat16
+    assert small("hgrn2_vit_tiny").bfloat16()(torch.randn(2, 3, 28, 28).bfloat16()).dtype == torch.bfloat16
 
 
 def test_drop_path_and_checkpointing_change_no_evaluation():

@@ -7,6 +7,7 @@ Shape letters: B pictures, C channels, H height, W width.
 """
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +26,8 @@ from suites.imagenet.task import TaskConfig
 
 MOST_WORKERS, AHEAD = 16, 4
 """Worker processes of one process that trains, and batches that each works ahead."""
+LEAST_TIMED, TIMED_S = 4, 1.0
+"""Batches and seconds over which a feed is timed, at least."""
 STRONGEST = 9.99
 """Magnitude of an operation of RandAugment, of 10: at 10 timm asks Pillow to keep no bit of a colour, which Pillow refuses by now."""
 Transform = Callable[[Any], np.ndarray]
@@ -97,6 +100,21 @@ class Ahead:
             self.batches = iter(loader(self.feed, _Endless(self.wanted, step), self.device))
         self.next_step = step + 1
         return next(self.batches)
+
+
+def images_per_s(source: Ahead) -> float:
+    """Pictures a second of one process's training batches, read again from the first one with nothing else to do.
+
+    The first batch of each worker is not counted, since it waits for the worker to start.
+    """
+    again, first = Ahead(source.feed, source.wanted, source.device), max(1, workers_here())
+    for step in range(first):
+        again.batch(step)
+    began, pictures, step = time.perf_counter(), 0, first
+    while step < first + LEAST_TIMED or time.perf_counter() - began < TIMED_S:
+        pictures += len(again.batch(step))
+        step += 1
+    return pictures / (time.perf_counter() - began)
 
 
 class _Endless:

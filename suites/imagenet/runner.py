@@ -21,7 +21,7 @@ from hgrn2_bench.steps import Batch
 from hgrn2_bench.trainer import DivergedError
 from hgrn2_bench.vision import Patches, VisionModel
 from suites.imagenet import drawn
-from suites.imagenet.feed import Ahead, Feed, evaluation_transform, loader, training_transform
+from suites.imagenet.feed import Ahead, Feed, evaluation_transform, images_per_s, loader, training_transform, workers_here
 from suites.imagenet.mixing import draw_mixes, erase, mixed, neighbours, shares
 from suites.imagenet.order import ALTER, ERASE, MIX, Order, Wanted
 from suites.imagenet.pictures import Pictures, PictureSplit, load
@@ -226,4 +226,6 @@ class Runner:
             "inference_images_per_s": len(images_BCHW) / float(np.median(times[3 if gpu else 1 :])),
             "inference_batch": len(images_BCHW),
             "inference_peak_bytes": int(torch.cuda.max_memory_allocated()) if gpu else None,
+            "loader_images_per_s": None if self.on_device else images_per_s(self.ahead),
+            "loader_workers": None if self.on_device else workers_here(),
         }

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -353,3 +354,19 @@ def test_details_say_what_a_picture_costs(tmp_path):
     assert row.details["tokens_per_image"] == 16
     assert row.details["forward_flops_per_image"] == row.train_flops_per_token * 16 / 3
     assert row.details["inference_images_per_s"] > 0
+    assert row.details["loader_images_per_s"] is None
+
+
+def test_the_loader_alone_is_timed_without_its_start(monkeypatch):
+    class Slow(torch.utils.data.Dataset):
+        def __getitem__(self, wanted):
+            time.sleep(0.01)
+            return torch.zeros(1)
+
+    monkeypatch.setattr(feed, "workers_here", lambda: 0)
+    source = feed.Ahead(Slow(), lambda step: [step] * (100 if step == 0 else 5), "cpu")
+    began = time.perf_counter()
+    rate = feed.images_per_s(source)
+    assert 20 < rate < 100  # ten milliseconds a picture; those of the first batch would be most of all
+    assert time.perf_counter() - began > 1 + feed.TIMED_S
+    assert source.next_step == -1

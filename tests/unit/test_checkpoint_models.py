@@ -58,7 +58,8 @@ def test_a_folder_has_the_numbers_of_the_cell_that_trained_it(taught, tmp_path):
     again = run(one(f"model={folder}"), tmp_path)
     assert values(again) == values(rows)
     first = again[0]
-    assert {(row.status, row.steps, row.tokens, row.wall_s) for row in again} == {("ok", 0, 0, 0.0)}
+    assert {(row.status, row.steps, row.tokens) for row in again} == {("ok", 0, 0)}
+    assert first.wall_s > 0  # of the evaluation
     assert first.model == f"hgrn2@{first.settings[f'{first.model}.checkpoint'][:6]}"
     assert first.details["trained_tokens"] == rows[0].tokens
     assert first.details["layers"] == rows[0].details["layers"]

@@ -50,7 +50,7 @@ def _name(mixer: type[Mixer]) -> str:
 class GLU(FollowsBackend, nn.Module):
     """Gated linear unit, W3(act(W1 x) * W2 x), (..., D) -> (..., D), the activation SiLU or none (arXiv 2002.05202, as in HGRN2's code).
 
-    In a training step's CUDA graph on fla, SiLU and the product are one kernel each way, which reads and writes a third less.
+    In a training step's CUDA graph on fla, SiLU and the product are one kernel each way: 8 passes over such a tensor, not 14.
     """
 
     def __init__(self, d_model: int, width: int, dropout: float = 0.0, activation: str = "silu", bias: bool = True) -> None:

@@ -208,7 +208,8 @@ class Runner:
         """Work for one picture, and how fast and in how much memory a batch of them is classified."""
         config = self.config
         flops = measure.train_flops_per_token(model, config.tokens, 1 / config.tokens)
-        images_BCHW = torch.randn(self.eval_batch_size, config.channels, config.image_size, config.image_size, device=self.device)
+        number = min(self.eval_batch_size, len(self.labels["test"]))
+        images_BCHW = torch.randn(number, config.channels, config.image_size, config.image_size, device=self.device)
         gpu = self.device == "cuda"
         times = []
         if gpu:

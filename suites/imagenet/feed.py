@@ -6,9 +6,13 @@ Workers give bytes; the device makes numbers of them.
 Shape letters: B pictures, C channels, H height, W width.
 """
 
+import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import numpy as np
@@ -131,11 +135,36 @@ class _Endless:
 
 
 def loader(feed: Feed, batches: Any, device: str) -> DataLoader[Tensor]:
-    """Batches of a feed, by worker processes where this process has processors to spare."""
+    """Batches of a feed, by worker processes where this process has processors to spare.
+
+    They are forked from a server that has imported torch and timm once and holds nothing else: a loader is made for every evaluation, and
+    processes that each import both would take longer than what they read.
+    """
     workers = workers_here()
-    ahead: dict[str, Any] = {"prefetch_factor": AHEAD} if workers else {}
+    ahead: dict[str, Any] = {}
+    if workers:
+        ahead = {"prefetch_factor": AHEAD, "multiprocessing_context": _server(), "worker_init_fn": _end_with_parent}
     own = torch.Generator()  # or it would draw its workers' seeds from the one that dropout draws from
     return DataLoader(feed, batch_sampler=batches, num_workers=workers, pin_memory=device == "cuda", generator=own, **ahead)
+
+
+def _server() -> BaseContext:
+    """Where worker processes come from; neither CUDA nor a thread is in it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hgrn2_bench.cli", "timm.data", __name__])
+    return context
+
+
+def _end_with_parent(_worker: int) -> None:
+    """End this worker process when the one that reads its batches is gone: torch asks whether its own parent, the server, is."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def workers_here() -> int:

@@ -66,7 +66,7 @@ def loss(model: nn.Module, batch: Batch) -> torch.Tensor:
 def rates(model: nn.Module, batch: Batch) -> tuple[float, float, str]:
     """Images per second in training and inference, and how the steps were taken."""
     gpu = DEVICE == "cuda"
-    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-4, device=DEVICE), fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-4, device=DEVICE), fused=gpu, capturable=gpu)
     steps = Steps(model.train(), optimizer, loss, autocast(), clip=1.0, graph=gpu)
     trained = images_per_s(lambda: steps(batch, 1e-4), len(batch[0]))
     model.eval()
@@ -89,3 +89,4 @@ def test_images_per_second(kind: str, size: str, batch_size: int, capsys: pytest
     with capsys.disabled():
         print(f"\n{name}, batch {batch_size}, bfloat16: {trained:.0f} images/s in training ({mode}), {inferred:.0f} in inference")
     assert min(trained, inferred) > 0
+    assert mode == "CUDA graph"

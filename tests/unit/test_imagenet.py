@@ -1,6 +1,10 @@
 import dataclasses
 import itertools
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -253,6 +257,33 @@ def test_workers_change_no_picture(folder_of_pictures, monkeypatch):
             assert torch.equal(mine, theirs)
     scored = [rows.tolist() for rows, _ in runner._scored("test")]
     assert sorted(itertools.chain.from_iterable(scored)) == [*range(7)]
+
+
+READS_AND_WAITS = """
+import os, sys, time
+from hgrn2_bench.plan import make_plan
+from suites.imagenet import feed
+from suites.imagenet.runner import Runner
+
+if __name__ == "__main__":
+    feed.workers_here = lambda: 1
+    runner = Runner(make_plan(["suite=imagenet", "preset=test", "model=hgrn2", *sys.argv[1:]], "cpu").cells[0])
+    runner.batch(0)
+    print("read", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_workers_end_when_the_run_is_killed(folder_of_pictures, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(READS_AND_WAITS)
+    words = [sys.executable, str(script), *folder_of_pictures, "augment=crop_flip"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "read\n"
+        run.kill()
+        run.communicate(timeout=30)  # returns when the last process that could write to it has ended
 
 
 def test_a_picture_is_altered_anew_in_every_epoch(folder_of_pictures):

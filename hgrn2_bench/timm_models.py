@@ -26,9 +26,9 @@ from hgrn2_bench import registry
 from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.interfaces import Context
 from hgrn2_bench.layers import DropPath
-from hgrn2_bench.model import recomputed
+from hgrn2_bench.model import recomputed, sinusoid
 from hgrn2_bench.plan import resolve_backend
-from hgrn2_bench.vision import Patches, VisionModel
+from hgrn2_bench.vision import Patches, VisionModel, resampled
 
 MIXERS = ("hgrn2", "hgrn1", "gla", "mamba2", "attention")
 WIDTHS = {"tiny": 192, "small": 384}
@@ -58,6 +58,8 @@ class TimmVision(VisionModel):
         num_classes: int = 1000,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         found = registry.model(mixer)
         backend = resolve_backend(backend, "cuda" if torch.cuda.is_available() else "cpu", found)
@@ -69,6 +71,7 @@ class TimmVision(VisionModel):
         self.feature_info = [
             {"module": f"blocks.{i}", "num_chs": config.d_model, "reduction": patch_size} for i in range(config.num_layers)
         ]
+        self.to(device=device, dtype=dtype)
 
     def forward(self, inputs: Tensor, lengths_B: Tensor | None = None) -> Tensor:
         """Logits (B, N)."""
@@ -159,6 +162,26 @@ class TimmVision(VisionModel):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep only each block's input in training."""
         self.config = replace(self.config, recompute=enable)
+
+    @torch.no_grad()
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None) -> None:
+        """Build for another size of images: learned positions are resampled once, as `resampled` does in every call.
+
+        Sinusoidal positions are computed for as many tokens as the new size has. ValueError for other patches than those that the
+        model has; ConfigError where they do not cover the image.
+        """
+        patch = self.patches.patch
+        if patch_size is not None and patch_size not in (patch, (patch, patch)):
+            raise ValueError(f"patch_size={patch_size}: the patches of this model are {patch} x {patch} and cannot change")
+        if img_size is None:
+            return
+        size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+        patches = replace(self.patches, size=size)
+        if self.position is not None:
+            self.position = nn.Embedding.from_pretrained(resampled(self.position.weight, self.patches, patches.grid), freeze=False)
+        if self.config.positions == "sinusoid":
+            self.register_buffer("sinusoid", sinusoid(patches.tokens, self.embed_dim).to(self.get_buffer("sinusoid")), persistent=False)
+        self.patches, self.grid = patches, patches.grid
 
     def set_drop_path_rate(self, rate: float) -> None:
         """Another stochastic depth."""

@@ -47,6 +47,30 @@ def test_every_model_classifies_images_of_several_sizes(name):
         assert model(images).shape == (2, 7)
 
 
+@pytest.mark.parametrize("options", [{}, {"global_pool": "token"}])
+def test_model_for_another_size_is_the_one_that_resampled_its_positions(options):
+    images, model = torch.randn(2, 3, 42, 28), small("attention_vit_tiny", **options)
+    expected = model(images)
+    model.set_input_size((42, 28), patch_size=14)
+    assert model.grid == (3, 2)
+    assert len(model.position.weight) == 6 + len(options)
+    torch.testing.assert_close(model(images), expected)
+    model(images).sum().backward()
+    assert model.position.weight.grad is not None
+    with pytest.raises(ValueError, match="cannot change"):
+        model.set_input_size(28, patch_size=7)
+    fixed = small("hgrn2_vit_tiny", positions="sinusoid")
+    with pytest.raises(ValueError, match="knows only 4"):
+        fixed(images)
+    fixed.set_input_size((42, 28))
+    assert fixed(images).shape == (2, 7)
+
+
+def test_model_is_made_on_the_device_and_in_the_type_asked_for():
+    model = small("hgrn2_vit_tiny", device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+
+
 def test_head_can_be_replaced_and_left_out():
     model = small()
     images = torch.randn(2, 3, 28, 28)

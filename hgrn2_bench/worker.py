@@ -142,7 +142,7 @@ def _run(cell: Any, key: str, how: tuple[Any, ...], pipe: Connection, stopping: 
     from hgrn2_bench.cells import CellFolder, LockedError
 
     results, force, workers, track = how
-    sent = 0.0
+    sent, interrupted = 0.0, False
 
     def report(step: int, steps: int, text: str) -> None:
         nonlocal sent
@@ -166,10 +166,12 @@ def _run(cell: Any, key: str, how: tuple[Any, ...], pipe: Connection, stopping: 
     except LockedError:
         pipe.send(("locked", key))
     except InterruptedTrainingError:
-        pipe.send(("interrupted", key))
+        interrupted = True  # told below: the parent may end this process then, and what the cell held, loaders too, is gone by then
     except OSError as error:  # a full disk: what was written before stays, and the table still says what happened
         reason = f"cannot write cell {key}: {error.strerror or error}"
         pipe.send(("done", key, engine.make_rows(cell, [], "failed", reason, engine.Facts())))
+    if interrupted:
+        pipe.send(("interrupted", key))
 
 
 def _device_is_broken(cell: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Ctrl-C and `kill -9` while a model is evaluated: the run ends within moments, and what was scored is not scored again."""
+"""Ctrl-C and `kill -9` while a model is evaluated, or fed by other processes: the run ends within moments, and nothing is done again."""
 
 import contextlib
 import json
@@ -43,6 +43,18 @@ def test_evaluation_of_a_model_that_was_trained_here_is_left_at_once(tmp_path):
     interrupted(process)
     (status,) = [json.loads(path.read_text()) for path in tmp_path.glob("r/cells/wikitext/*/status.json")]
     assert status["outcome"] == "interrupted"
+
+
+def test_processes_that_read_pictures_end_with_the_run_and_leave_no_word(tmp_path):
+    pytest.importorskip("timm")
+    from imagenet_folders import items, write_folders
+
+    write_folders(tmp_path / "data", {"train": items(12, 3), "val": items(6, 3, 12)})
+    words = ("run", "suite=imagenet", "preset=test", "model=hgrn2", "dataset=folder", "data_dir=data", "augment=crop_flip", "epochs=5000")
+    examples = ("train_examples=0", "validation_examples=0", "test_examples=0")
+    process = start((*words, *examples, "--device", "cpu", "--results", "r"), tmp_path)
+    wait_for(lambda: any(path.stat().st_size for path in tmp_path.glob("r/cells/imagenet/*/metrics.jsonl")))
+    assert "leaked" not in interrupted(process)
 
 
 def test_zero_shot_items_are_scored_once_however_often_the_run_ends(tmp_path):

@@ -75,7 +75,7 @@ def save(model: LanguageModel, folder: Path, source: Path | None = None) -> None
     `source` has no tokenizer.
     """
     content = _fla_config(model)
-    copied = tokenizer_files(source) if source else ()
+    copied = weights.tokenizer_files(source) if source else ()
     if source and not copied:
         raise DataError(f"{source} has no tokenizer to copy: hgrn2_bench.text_tokenizers.complete gives a checkpoint of ours its own")
     with weights.new_folder(folder) as new:
@@ -83,12 +83,6 @@ def save(model: LanguageModel, folder: Path, source: Path | None = None) -> None
         weights.write_config(new, content)
         for path in copied:
             (new / path.name).write_bytes(path.read_bytes())
-
-
-def tokenizer_files(folder: Path) -> tuple[Path, ...]:
-    """The tokenizer's files that a folder holds, `tokenizer.json` first; none where it was published without."""
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
-    return tuple(folder / name for name in names if (folder / name).is_file())
 
 
 def read_shards(folder: Path) -> dict[str, Tensor]:

@@ -151,7 +151,10 @@ def _told_by(part: Sequence[Run], parts: Sequence[Sequence[Run]]) -> str:
 
 
 def _runs(rows: Iterable[Row], metric: str) -> list[Run]:
-    """One run per cell, the newest where a cell was run twice; none of a cell that was skipped before its files were there."""
+    """One run per cell, the newest where a cell was run twice.
+
+    None of a cell that was skipped before its files were there, or that failed on files and later ran with others in their place.
+    """
     cells: dict[str, list[Row]] = defaultdict(list)
     others: dict[tuple[str, str], dict[tuple[str, str], float]] = defaultdict(dict)
     for row in sorted(rows, key=lambda r: r.time):
@@ -166,7 +169,9 @@ def _runs(rows: Iterable[Row], metric: str) -> list[Run]:
         beside = others.get((key, tested.time), {})
         runs.append(Run(tested, {row.split: row for row in newest if row.status == "ok"}, beside))
     ran = {_but_files(run.row) for run in runs if run.row.status != "skipped"}
-    return [run for run in runs if run.row.status != "skipped" or run.row.settings.get("fingerprint") or _but_files(run.row) not in ran]
+    runs = [run for run in runs if run.row.status != "skipped" or run.row.settings.get("fingerprint") or _but_files(run.row) not in ran]
+    well = {_but_files(run.row): run.row.time for run in sorted(runs, key=lambda r: r.row.time) if run.row.status == "ok"}
+    return [run for run in runs if run.row.status == "ok" or run.row.data_hash or well.get(_but_files(run.row), "") <= run.row.time]
 
 
 def _but_files(row: Row) -> str:

@@ -51,7 +51,7 @@ class Trained:
     mixer_version: str
     """Of the code that trained it; empty where the folder does not say."""
     hash: str
-    """16 hex digits over `config.json` and the files of weights, wherever the folder lies."""
+    """16 hex digits over `config.json`, the files of weights and those of the tokenizer, wherever the folder lies."""
     foreign: bool = False
     """Whether it is none of our models, nor one that can be read as ours."""
     remark: str = ""
@@ -101,7 +101,7 @@ def read(folder: Path) -> Trained:
     digests = _digests(files)
     if "sha256" in content:
         check_digest(folder, content, digests["model.safetensors"])
-    return Trained(folder, card, config, *sizes, mixer_version=version, hash=_hash(content, digests))
+    return Trained(folder, card, config, *sizes, mixer_version=version, hash=_hash(folder, content, digests))
 
 
 def _foreign(folder: Path, content: Mapping[str, Any]) -> Trained:
@@ -109,7 +109,7 @@ def _foreign(folder: Path, content: Mapping[str, Any]) -> Trained:
     path = folder / "config.json"
     card = Card(str(content["model_type"]), foreign_config.settings_of(content, path))
     sizes = card.settings.get("vocab_size", 0), foreign_config.length_of(content)
-    digest = _hash(content, _digests(fla_config.weight_files(folder)))
+    digest = _hash(folder, content, _digests(fla_config.weight_files(folder)))
     remark = foreign_config.remark(content, path)
     return Trained(folder, card, ModelConfig(), *sizes, mixer_version="", hash=digest, foreign=True, remark=remark)
 
@@ -121,7 +121,8 @@ def _digests(files: Sequence[Path]) -> dict[str, str]:
     return {path.name: weights.digest(path) for path in files}
 
 
-def _hash(content: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+def _hash(folder: Path, content: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    digests = {**digests, **{path.name: weights.digest(path) for path in weights.tokenizer_files(folder)}}
     return hashlib.sha256(json.dumps([content, digests], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -34,6 +34,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model"),
+)
+
+
+def tokenizer_files(folder: Path) -> tuple[Path, ...]:
+    """The tokenizer's files that a model's folder holds, `tokenizer.json` first; none where it was published without."""
+    return tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+
+
 def read_tensors(path: Path) -> "dict[str, Tensor]":
     """Every tensor of a safetensors file, on the CPU. DataError where it is missing, cut short or of another kind."""
     from safetensors.torch import load_file

@@ -21,7 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
 from tqdm import tqdm
 
-from hgrn2_bench import files, hub
+from hgrn2_bench import files, hub, weights
 from hgrn2_bench.errors import ConfigError
 from suites.zeroshot import generation, loading
 from suites.zeroshot.encoding import Encoder
@@ -364,6 +364,6 @@ class BenchLM(TemplateLM):
 
 
 def identity_of(folder: Path) -> str:
-    """16 hex digits that tell a folder's model from others: over its configuration and its weights' sizes and ends."""
-    paths = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    """16 hex digits that tell a folder's model from others: over its configuration, its tokenizer, and its weights' sizes and ends."""
+    paths = [folder / "config.json", *weights.tokenizer_files(folder), *sorted(folder.glob("*.safetensors"))]
     return files.fingerprint((path.name, path) for path in paths if path.is_file())

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hgrn2_bench import checkpoints, fla_models, hub, registry, trained, weights
+from hgrn2_bench import checkpoints, hub, registry, trained, weights
 from hgrn2_bench.backends import resolve_backend
 from hgrn2_bench.errors import ConfigError, DataError, one_line, unknown
 from hgrn2_bench.rows import needed
@@ -73,7 +73,7 @@ def tokenizer_of(folder: Path) -> Any:
     library, content = needed("transformers", "transformers", f"{folder}: its tokenizer", hub.INSTALL), weights.read_config(folder)
     if trained.is_own(content) and not (folder / FILES[0]).is_file() and tokenizer_files_of(card := trained.read_card(folder).tokenizer):
         return tokenizer_of_card(card)
-    if not fla_models.tokenizer_files(folder):
+    if not weights.tokenizer_files(folder):
         raise DataError(f"{folder} has no tokenizer (tokenizer.json): copy the one that the model was trained with there")
     try:
         if trained.is_own(content):

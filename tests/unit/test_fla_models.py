@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hgrn2_bench import checkpoints, fla_config, fla_models, registry
+from hgrn2_bench import checkpoints, fla_config, fla_models, registry, weights
 from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.errors import ConfigError, DataError
 from hgrn2_bench.language import LanguageModel
@@ -66,7 +66,7 @@ def test_there_and_back(changes, tokenizer, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "notes.txt"):
         (source / name).write_text("{}")
     fla_models.save(model, tmp_path / "model", source if tokenizer else None)
-    found = [path.name for path in fla_models.tokenizer_files(tmp_path / "model")]
+    found = [path.name for path in weights.tokenizer_files(tmp_path / "model")]
     assert found == (["tokenizer.json", "tokenizer_config.json"] if tokenizer else [])
     loaded = checkpoints.load(tmp_path / "model")
     assert loaded.config == model.config

@@ -117,11 +117,14 @@ def test_a_folder_says_what_its_configuration_says(tmp_path, content, settings, 
     assert found.label == f"some_model@{found.hash[:6]}"
 
 
-def test_the_hash_is_over_configuration_and_weights_alone(tmp_path):
+def test_the_hash_is_over_configuration_tokenizer_and_weights_alone(tmp_path):
     first = trained.read(made(tmp_path / "a")).hash
     made(tmp_path / "b")
-    (tmp_path / "b/tokenizer.json").write_text('{"other": 1}')
+    (tmp_path / "b/README.md").write_text("of whose making it is")
     assert trained.read(tmp_path / "b").hash == first
+    (tmp_path / "b/tokenizer.json").write_text('{"other": 1}')
+    assert trained.read(tmp_path / "b").hash != first
+    (tmp_path / "b/tokenizer.json").write_text("{}")
     write_tensors(tmp_path / "b/model.safetensors", {"a": torch.ones(2)})
     assert trained.read(tmp_path / "b").hash != first
     assert trained.read(made(tmp_path / "c", hidden_size=9)).hash != first

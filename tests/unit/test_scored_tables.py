@@ -136,6 +136,19 @@ def test_a_cell_that_was_skipped_for_want_of_files_makes_way_for_one_that_ran():
     assert len(lines(only([dataclasses.replace(skipped, settings=rows()[0].settings | {"fingerprint": "g"}), *rows()]))) == 2
 
 
+def test_a_cell_that_failed_on_its_files_makes_way_for_one_that_later_ran_with_others():
+    (good,) = rows()[:1]
+    failed = {"status": "failed", "value": None, "reason": "piqa: line 3 is no JSON", "details": {}, "data_hash": ""}
+    broken = dataclasses.replace(
+        good, cell="f" * 16, settings=good.settings | {"fingerprint": "g"}, time="2026-01-01T00:00:00+00:00", **failed
+    )
+    later = [dataclasses.replace(each, time="2026-01-01T00:01:00+00:00") for each in rows(settings={"fingerprint": "h"})]
+    (found,) = lines(only([broken, *later]))
+    assert found["status"] == "ok"
+    assert len(lines(only([dataclasses.replace(broken, time="2026-01-01T00:02:00+00:00"), *later]))) == 2  # the files are worse now
+    assert len(make_tables([dataclasses.replace(broken, data_hash="d"), *later], OF)) == 2  # the model failed, not the files
+
+
 def test_a_fixed_model_had_no_budget_and_no_speed():
     table = only([dataclasses.replace(each, tokens_per_s=None, workers=2) for each in rows(right=12)])
     (found,) = lines(table)

@@ -259,6 +259,20 @@ def _asked(bench: BenchLM, requests: list[Request]) -> list[Any]:
     return [(n, *scoring.fitted(pair, bench.max_length)) for n, pair in enumerate(pairs)]
 
 
+def test_no_answer_is_taken_over_from_the_same_weights_with_another_tokenizer(own_folder, tmp_path):
+    words = {"device": "cpu", "check": False, "store": tmp_path / "results.jsonl"}
+    BenchLM(own_folder, **words).loglikelihood(questions())
+    shutil.copytree(own_folder, tmp_path / "other")
+    path = tmp_path / "other/tokenizer.json"
+    content = json.loads(path.read_text())
+    ids = content["model"]["vocab"]
+    ids["a"], ids["e"] = ids["e"], ids["a"]
+    path.write_text(json.dumps(content))
+    other = BenchLM(tmp_path / "other", **words)
+    assert other.loglikelihood(questions()) == BenchLM(tmp_path / "other", device="cpu", check=False).loglikelihood(questions())
+    assert other.told()["stored"] == 0
+
+
 def test_texts_and_continuations_are_stored_too(own_folder, tmp_path, monkeypatch):
     store = tmp_path / "results.jsonl"
     texts, prompts = [Request((t,)) for t in TEXTS], [Request((p, {"max_gen_toks": 5})) for p in PROMPTS]

@@ -3,6 +3,7 @@
 import dataclasses
 
 from hgrn2_bench import registry
+from hgrn2_bench.files import DATA, WORD
 
 
 def print_all() -> None:
@@ -30,6 +31,8 @@ def print_suite(name: str) -> None:
         last = {word.partition("=")[0]: word for word in content.words}  # a preset may take over words and replace some
         print(f"  words: {' '.join(last.values())}")
     print("\nkeys (defaults; presets override them)")
+    if protocol.fingerprint is not None:
+        print(f"  {WORD}DIR  (the folder of your files; without it {DATA}, else data)")
     for schema in sections(protocol).values():
         for field in dataclasses.fields(schema):
             if field.name in protocol.idle:

@@ -51,7 +51,7 @@ class Trained:
     mixer_version: str
     """Of the code that trained it; empty where the folder does not say."""
     hash: str
-    """16 hex digits over `config.json`, the files of weights and those of the tokenizer, wherever the folder lies."""
+    """16 hex digits over `config.json`, the weights and, but for ours, the tokenizer's files, wherever the folder lies."""
     foreign: bool = False
     """Whether it is none of our models, nor one that can be read as ours."""
     remark: str = ""
@@ -122,7 +122,8 @@ def _digests(files: Sequence[Path]) -> dict[str, str]:
 
 
 def _hash(folder: Path, content: Mapping[str, Any], digests: Mapping[str, str]) -> str:
-    digests = {**digests, **{path.name: weights.digest(path) for path in weights.tokenizer_files(folder)}}
+    tokenizer = () if is_own(content) else weights.tokenizer_files(folder)  # a checkpoint of ours tells its own in config.json
+    digests = {**digests, **{path.name: weights.digest(path) for path in tokenizer}}
     return hashlib.sha256(json.dumps([content, digests], sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from hgrn2_bench import fla_config, registry
 from hgrn2_bench.config import PLAN_KEYS, CellConfig, MatchConfig, ModelConfig, TrainConfig, Word
 from hgrn2_bench.errors import ConfigError, DataError, unknown
+from hgrn2_bench.files import WORD
 from hgrn2_bench.protocol import Protocol
 
 MATCH_KEYS = tuple(f.name for f in dataclasses.fields(MatchConfig))
@@ -59,7 +60,9 @@ def check_names(parsed: Sequence[Word], protocol: Protocol, chosen: Sequence[reg
     plain = [f.name for s in schemas.values() for f in dataclasses.fields(s)]
     models = {m.name: m for m in chosen}
     own = {m.name: [f.name for f in dataclasses.fields(m.settings)] for m in chosen}
-    known = [*PLAN_KEYS, *plain, *(f"{m}.{k}" for m, keys in own.items() for k in keys)]
+    reads_files = [WORD.removesuffix("=")] if "fingerprint" in plain else []
+    usable = [name for name in plain if name not in protocol.idle]
+    known = [*PLAN_KEYS, *reads_files, *usable, *(f"{m}.{k}" for m, keys in own.items() for k in keys)]
     seen: set[str] = set()
     for word in parsed:
         if word.name in seen:

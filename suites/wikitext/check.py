@@ -1,6 +1,6 @@
 """`data wikitext check [DIR]`: what a folder holds of WikiText-103 and other texts, whether it is whole, the remedy. Changes nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hgrn2_bench.doctor import NOTE, OK, PROBLEM, Finding, counted
@@ -32,15 +32,17 @@ FORMS = {
 
 def findings(root: Path) -> Iterator[Finding]:
     """A line for each thing found in a folder, as it is found. ConfigError where there is no text that the suite reads."""
-    wikitext, transfer = list(locate_wikitext(root)), list(locate_transfer(root))
-    texts = [place for place in locate_texts(root) if place.folder not in {known.folder for known in wikitext}]
+    (wikitext, bad), (transfer, _), (own, also_bad) = (_located(find, root) for find in (locate_wikitext, locate_transfer, locate_texts))
+    unread = list(dict.fromkeys(bad + also_bad))
+    texts = [place for place in own if place.folder not in {known.folder for known in wikitext}]
     reviews = list(_reviews(root))
-    if not (wikitext or transfer or texts or any(each.mark != NOTE for each in reviews)):
+    if not (wikitext or transfer or texts or unread or any(each.mark != NOTE for each in reviews)):
         raise ConfigError(f"no text in {root}: expected {EXPECTED['wikitext103']}")
-    if not wikitext:
+    yield from (Finding(PROBLEM, message) for message in unread)
+    if not wikitext and not unread:
         yield Finding(NOTE, "wikitext103: not here", f"expected {EXPECTED['wikitext103']}")
     for place in wikitext:
-        yield from _checked(place, root)
+        yield from _checked_or_text(place, root, [each for each in own if each.folder == place.folder])
     for place in transfer:
         if place.folder not in {known.folder for known in wikitext if known.form == "tokens"}:
             yield from _lines("transfer", place, ("validation", "test"))
@@ -48,6 +50,29 @@ def findings(root: Path) -> Iterator[Finding]:
         yield from _text(place)
     yield from reviews
     yield _bpe(root)
+
+
+def _located(find: Callable[[Path], Iterator[Place]], root: Path) -> tuple[list[Place], list[str]]:
+    """What a search finds up to the first file that cannot be read, and what is wrong with that one."""
+    found: list[Place] = []
+    try:
+        found.extend(find(root))  # keeps what came before an error
+    except ConfigError as error:
+        return found, [str(error)]
+    return found, []
+
+
+def _checked_or_text(place: Place, root: Path, own: Sequence[Place]) -> Iterator[Finding]:
+    """Findings of one copy of WikiText-103; of parquet files that have its names and no split of it, of the user's own text."""
+    found = list(_checked(place, root)) if place.layout == "parquet" and own else None
+    if found is None:
+        yield from _checked(place, root)
+    elif any(each.mark == OK for each in found[1:]):  # behind the line that names the copy
+        yield from found
+    else:
+        yield Finding(NOTE, f"wikitext103: no split of it in {place}", "taken for text of your own, which dataset=text reads")
+        for text in own:
+            yield from _text(text)
 
 
 def _checked(place: Place, root: Path) -> Iterator[Finding]:

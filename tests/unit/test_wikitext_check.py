@@ -133,3 +133,14 @@ def test_a_folder_named_wikitext_2_and_lacking_splits_of_a_text_are_notes(tmp_pa
 def test_reviews_that_are_not_whole_are_a_problem(tmp_path):
     lra_folders.write_imdb_lines(tmp_path, {split: [("a", 0), ("b", 1)] for split in ("train", "test")})
     assert any("imdb train: " in line and "2 reviews, expected 4" in line for line in marked(tmp_path, PROBLEM))
+
+
+def test_parquet_files_of_other_texts_are_the_user_s_own(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for split in ("train", "valid", "test"):
+        parquet.write_table(pa.table({"text": [f"own words {i}" for i in range(9)]}), tmp_path / f"{split}.parquet")
+    assert marked(tmp_path, PROBLEM) == []
+    assert len(marked(tmp_path, OK, "text")) == 4
+    assert len(marked(tmp_path, NOTE, "wikitext103: no split of it")) == 1
+    (tmp_path / "test.parquet").write_bytes((tmp_path / "test.parquet").read_bytes()[:99])
+    assert "cut short" in the_problem(tmp_path)

@@ -153,7 +153,8 @@ def _told_by(part: Sequence[Run], parts: Sequence[Sequence[Run]]) -> str:
 def _runs(rows: Iterable[Row], metric: str) -> list[Run]:
     """One run per cell, the newest where a cell was run twice.
 
-    None of a cell that was skipped before its files were there, or that failed on files and later ran with others in their place.
+    None of a cell that was skipped before its files were there, or that came to no data (a file was damaged, mostly) where the same cell
+    later ran with other files.
     """
     cells: dict[str, list[Row]] = defaultdict(list)
     others: dict[tuple[str, str], dict[tuple[str, str], float]] = defaultdict(dict)

@@ -60,7 +60,7 @@ def check_names(parsed: Sequence[Word], protocol: Protocol, chosen: Sequence[reg
     plain = [f.name for s in schemas.values() for f in dataclasses.fields(s)]
     models = {m.name: m for m in chosen}
     own = {m.name: [f.name for f in dataclasses.fields(m.settings)] for m in chosen}
-    reads_files = [WORD.removesuffix("=")] if "fingerprint" in plain else []
+    reads_files = [WORD.removesuffix("=")] if protocol.fingerprint is not None else []
     usable = [name for name in plain if name not in protocol.idle]
     known = [*PLAN_KEYS, *reads_files, *usable, *(f"{m}.{k}" for m, keys in own.items() for k in keys)]
     seen: set[str] = set()

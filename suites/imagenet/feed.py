@@ -149,7 +149,10 @@ def loader(feed: Feed, batches: Any, device: str) -> DataLoader[Tensor]:
 
 
 def _server() -> BaseContext:
-    """Where worker processes come from; neither CUDA nor a thread is in it."""
+    """Where worker processes come from; neither CUDA nor a thread is in it.
+
+    Each worker imports the program's main module again, whose imports are those of `hgrn2_bench.cli`.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["hgrn2_bench.cli", "timm.data", __name__])
     return context

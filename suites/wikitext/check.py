@@ -32,7 +32,8 @@ FORMS = {
 
 def findings(root: Path) -> Iterator[Finding]:
     """A line for each thing found in a folder, as it is found. ConfigError where there is no text that the suite reads."""
-    (wikitext, bad), (transfer, _), (own, also_bad) = (_located(find, root) for find in (locate_wikitext, locate_transfer, locate_texts))
+    (wikitext, bad), (own, also_bad) = (_located(find, root) for find in (locate_wikitext, locate_texts))
+    transfer = list(locate_transfer(root))  # reads names alone
     unread = list(dict.fromkeys(bad + also_bad))
     texts = [place for place in own if place.folder not in {known.folder for known in wikitext}]
     reviews = list(_reviews(root))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 pytest.importorskip("lm_eval")
-from zeroshot_lms import LENGTH, VOCAB, Request, as_fla, foreign, model_of, own, questions, tokenizer
+from zeroshot_lms import LENGTH, VOCAB, Request, as_fla, model_of, own, questions, tokenizer
 
 from hgrn2_bench.errors import ConfigError
 from suites.zeroshot import generation, invariance, lm, scoring
@@ -26,16 +26,6 @@ def close(one: float, other: float) -> bool:
     return one == pytest.approx(other, rel=1e-6, abs=1e-5)
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
-def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return foreign(request.param, tmp_path_factory.mktemp(request.param))
-
-
-@pytest.fixture(scope="module")
-def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return own(tmp_path_factory.mktemp("own") / "model")
-
-
 def stock(folder: Path) -> Any:
     from lm_eval.models.huggingface import HFLM
 
@@ -43,36 +33,38 @@ def stock(folder: Path) -> Any:
 
 
 @QUIET
-def test_every_item_scores_as_with_lm_evals_own_model(folder):
+def test_every_item_scores_as_with_lm_evals_own_model(foreign_folder):
     requests = [each for each in questions() if each.args[0] != " "]  # on which that one stops
-    want = stock(folder).loglikelihood(requests, disable_tqdm=True)
+    want = stock(foreign_folder).loglikelihood(requests, disable_tqdm=True)
     for batch_size in (1, 8, "auto"):
-        got = BenchLM(folder, device="cpu", batch_size=batch_size).loglikelihood(requests)
+        got = BenchLM(foreign_folder, device="cpu", batch_size=batch_size).loglikelihood(requests)
         assert all(close(a[0], b[0]) and a[1] == b[1] for a, b in zip(got, want, strict=True))
 
 
 @QUIET
-def test_whole_texts_score_as_with_lm_evals_own_model(folder):
+def test_whole_texts_score_as_with_lm_evals_own_model(foreign_folder):
     requests = [Request((text,)) for text in TEXTS]
-    want = stock(folder).loglikelihood_rolling(requests, disable_tqdm=True)
-    got = BenchLM(folder, device="cpu").loglikelihood_rolling(requests)
+    want = stock(foreign_folder).loglikelihood_rolling(requests, disable_tqdm=True)
+    got = BenchLM(foreign_folder, device="cpu").loglikelihood_rolling(requests)
     assert all(close(a, b) for a, b in zip(got, want, strict=True))
     assert got[2] == 0.0
 
 
 @QUIET
 @pytest.mark.parametrize("until", [["e", "q"], "o", []])
-def test_continuations_are_those_of_lm_evals_own_model(folder, until):
+def test_continuations_are_those_of_lm_evals_own_model(foreign_folder, until):
     requests = [Request((prompt, {"until": until, "max_gen_toks": 12, "do_sample": False})) for prompt in PROMPTS]
-    assert BenchLM(folder, device="cpu").generate_until(requests) == stock(folder).generate_until(requests, disable_tqdm=True)
+    assert BenchLM(foreign_folder, device="cpu").generate_until(requests) == stock(foreign_folder).generate_until(
+        requests, disable_tqdm=True
+    )
 
 
 @QUIET
 @pytest.mark.parametrize("as_words", [False, True])
-def test_a_special_token_ends_a_continuation_as_in_lm_evals_own_model(folder, tmp_path, as_words):
+def test_a_special_token_ends_a_continuation_as_in_lm_evals_own_model(foreign_folder, tmp_path, as_words):
     """A chat model names several ends in its generation_config; a task may name a special token as an end string."""
-    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    usual = BenchLM(folder, device="cpu", check=False)
+    shutil.copytree(foreign_folder, tmp_path, dirs_exist_ok=True)
+    usual = BenchLM(foreign_folder, device="cpu", check=False)
     written = generation.generate(usual.reader, [usual.tok_encode(PROMPTS[0])], 3, lambda ids: False)[0]
     told, last = usual.tokenizer, written[2]
     end = told.convert_ids_to_tokens(last)
@@ -87,8 +79,8 @@ def test_a_special_token_ends_a_continuation_as_in_lm_evals_own_model(folder, tm
     assert got[0] == usual.encoder.decode(written[:2])
 
 
-def test_a_cache_of_keys_and_values_is_shared_and_saves_tokens(folder):
-    model = BenchLM(folder, device="cpu")
+def test_a_cache_of_keys_and_values_is_shared_and_saves_tokens(foreign_folder):
+    model = BenchLM(foreign_folder, device="cpu")
     assert isinstance(model.reader, Foreign)
     assert model.reader.can_reuse
     model.loglikelihood(questions())
@@ -149,15 +141,15 @@ def test_our_folders_put_the_token_of_training_before_a_text_and_fla_s_follow_th
         BenchLM(own_folder, device="cpu", bos="alwys")
 
 
-def test_a_tokenizer_that_adds_its_token_itself_is_followed(folder, tmp_path):
+def test_a_tokenizer_that_adds_its_token_itself_is_followed(foreign_folder, tmp_path):
     from tokenizers.processors import TemplateProcessing
 
     adding = tokenizer()
     adding._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    bench = BenchLM(folder, device="cpu", tokenizer=adding)
+    bench = BenchLM(foreign_folder, device="cpu", tokenizer=adding)
     assert bench.tok_encode("ab")[0] == 0
     assert bench.tok_encode("<s>ab") == bench.tok_encode("ab")
-    assert BenchLM(folder, device="cpu", tokenizer=adding, bos="never").tok_encode("ab") == bench.tok_encode("ab")[1:]
+    assert BenchLM(foreign_folder, device="cpu", tokenizer=adding, bos="never").tok_encode("ab") == bench.tok_encode("ab")[1:]
 
 
 def test_an_fla_folder_scores_as_the_model_that_it_was_written_from(own_folder, tmp_path):

@@ -4,29 +4,17 @@ import dataclasses
 import json
 import math
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("lm_eval")
-from zeroshot_lms import LENGTH, VOCAB, Request, foreign, model_of, own, questions, tokenizer
+from zeroshot_lms import LENGTH, VOCAB, Request, model_of, own, questions, tokenizer
 
 from hgrn2_bench.errors import ConfigError, DataError
 from hgrn2_bench.trainer import DivergedError
 from suites.zeroshot import loading
 from suites.zeroshot.lm import BenchLM
-
-
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
-def folder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return foreign(request.param, tmp_path_factory.mktemp(request.param))
-
-
-@pytest.fixture(scope="module")
-def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return own(tmp_path_factory.mktemp("own") / "model")
 
 
 def test_another_model_s_tokenizer_is_seen():
@@ -40,7 +28,7 @@ def test_another_model_s_tokenizer_is_seen():
         BenchLM(model=small, tokenizer=tokenizer()).loglikelihood([Request(("a", "z"))])
 
 
-def test_folders_that_cannot_be_loaded_are_named(own_folder, folder, tmp_path):
+def test_folders_that_cannot_be_loaded_are_named(own_folder, foreign_folder, tmp_path):
     for name, fault in (("nowhere", "no such folder, and no name on"), (str(tmp_path), "config.json is missing")):
         with pytest.raises(DataError, match=fault):
             BenchLM(name)
@@ -50,17 +38,17 @@ def test_folders_that_cannot_be_loaded_are_named(own_folder, folder, tmp_path):
     with pytest.raises(DataError, match="has no tokenizer"):
         loading.load(bare)
     with pytest.raises(ConfigError, match="backend=chunked has no effect"):
-        loading.load(folder, "chunked")
+        loading.load(foreign_folder, "chunked")
 
 
-def test_fla_s_other_models_are_known_and_need_a_gpu(folder, tmp_path, monkeypatch):
+def test_fla_s_other_models_are_known_and_need_a_gpu(foreign_folder, tmp_path, monkeypatch):
     from transformers import AutoConfig, PreTrainedConfig
 
     from hgrn2_bench.ops import fla
 
-    content = json.loads((folder / "config.json").read_text())
+    content = json.loads((foreign_folder / "config.json").read_text())
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+        (tmp_path / name).write_bytes((foreign_folder / name).read_bytes())
     kind = f"like-gla-{content['model_type']}"
     (tmp_path / "config.json").write_text(json.dumps(content | {"model_type": kind}))
     config = type("LikeGLAConfig", (PreTrainedConfig,), {"model_type": kind})
@@ -70,8 +58,8 @@ def test_fla_s_other_models_are_known_and_need_a_gpu(folder, tmp_path, monkeypat
         loading.load(tmp_path)
 
 
-def test_weights_that_could_run_code_are_refused(folder, tmp_path):
-    for path in folder.iterdir():
+def test_weights_that_could_run_code_are_refused(foreign_folder, tmp_path):
+    for path in foreign_folder.iterdir():
         if path.suffix != ".safetensors":
             (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(b"")

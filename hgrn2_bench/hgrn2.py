@@ -93,10 +93,10 @@ class HGRN2(Mixer):
         i_BTD, q_BTD, f_BTD = self.in_proj(x_BTD).chunk(3, -1)
         if self.spec.conv:
             i_BTD, q_BTD, f_BTD = self.conv_i(i_BTD, ctx), self.conv_q(q_BTD, ctx), self.conv_f(f_BTD, ctx)
-        log_f_BTD, k_BTD = self.forget_gate(f_BTD, ctx)
+        log_f_BTD, k_BTD = self.forget_gate(f_BTD, ctx, q_BTD.dtype)
         i_BTD = ACTIVATIONS[self.parts.input_activation](i_BTD)
         q_BTD = ACTIVATIONS[self.parts.output_gate](q_BTD)
-        q, k, v, log_f = (split_heads(t, self.heads) for t in (q_BTD, k_BTD.to(q_BTD.dtype), i_BTD, log_f_BTD))
+        q, k, v, log_f = (split_heads(t, self.heads) for t in (q_BTD, k_BTD, i_BTD, log_f_BTD))
         return DecayInputs(q_BTHK=q, k_BTHK=k, v_BTHV=v, log_f_BTHK=log_f, scale=self.scale)
 
     def readout(self, o: Tensor, x_BTD: Tensor) -> Tensor:

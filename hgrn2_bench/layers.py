@@ -198,8 +198,10 @@ def forget_gate(logit_BTD: Tensor, bound_D: Tensor | None) -> tuple[Tensor, Tens
     return log_f + F.softplus(log_bound_D - z, threshold=40), (1 - bound_D) * rest
 
 
-class ForgetGate(nn.Module):
+class ForgetGate(FollowsBackend, nn.Module):
     """The forget gate of HGRN and HGRN2 with the bound that the model shares: logit (B, T, D) to (log f, 1 - f).
+
+    In a training step's CUDA graph on fla it is one Triton kernel each way, in float32, whatever the number of passes torch takes.
 
     `forget_bias` belongs into the bias of the projection that makes the logit. Where that has none, or a convolution follows it (which
     would multiply the bias by the sum of its weights), the gate gets a learned bias of its own, unless `forget_bias` is 0.
@@ -212,18 +214,24 @@ class ForgetGate(nn.Module):
         own = spec.forget_bias != 0 and (spec.conv > 0 or not projection_bias)
         self.bias = nn.Parameter(torch.zeros(spec.d_model)) if own else None
 
-    def forward(self, logit_BTD: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Both results in float32 or wider; the bound is this layer's row of the model's `lower_bound` (num_layers, D).
+    def forward(self, logit_BTD: Tensor, ctx: Context, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Both results in float32 or wider, 1 - f rounded to `dtype` where one is given.
 
-        Where the gate is a multiple of that wide, it holds for each D of its channels.
+        The bound is this layer's row of the model's `lower_bound` (num_layers, D). Where the gate is a multiple of that wide, it holds for
+        each D of its channels.
         """
         if self.bias is not None:
             logit_BTD = logit_BTD + self.bias
-        bound_LD = ctx.shared.get("lower_bound")
-        if bound_LD is None:
-            return forget_gate(logit_BTD, None)
-        bound_D, repeats = bound_LD[self.layer], self.spec.d_model // bound_LD.shape[1]
-        return forget_gate(logit_BTD, bound_D.repeat(repeats) if repeats > 1 else bound_D)
+        bound_LD, bound_D = ctx.shared.get("lower_bound"), None
+        if bound_LD is not None:
+            bound_D, repeats = bound_LD[self.layer], self.spec.d_model // bound_LD.shape[1]
+            bound_D = bound_D.repeat(repeats) if repeats > 1 else bound_D
+        if self.on_triton(logit_BTD) and self.replayed and torch.is_grad_enabled() and logit_BTD.dtype != torch.float64:
+            from hgrn2_bench.ops import gate
+
+            return gate.forget_gate(logit_BTD, bound_D, dtype or torch.float32)
+        log_f_BTD, rest_BTD = forget_gate(logit_BTD, bound_D)
+        return log_f_BTD, rest_BTD if dtype is None else rest_BTD.to(dtype)
 
     @torch.no_grad()
     def init_bias(self, projection: nn.Linear) -> None:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hgrn2_bench.interfaces import Context
-from hgrn2_bench.layers import FollowsBackend, LayerNorm, RMSNorm, ShortConv
+from hgrn2_bench.layers import FollowsBackend, LayerNorm, RMSNorm, ShortConv, forget_gate
 from hgrn2_bench.ops import families
 from hgrn2_bench.ops import fla as adapter
 from hgrn2_bench.ops.autotune import autotuners
@@ -290,7 +290,35 @@ def linear_loss_errors(dtype: torch.dtype = torch.float32, device: str = "cpu") 
     return {name: ((wide(b) - a).norm() / a.norm()).item() for name, a, b in zip(("y", "dx", "dweight"), wants, gots, strict=True)}
 
 
+def gate_errors(bounded: bool, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, float]:
+    """||Triton - torch|| / ||torch|| of both results of the forget gate, and the gradients for logits and bound; torch in float64.
+
+    The logits are a part of a projection, as in the mixers; among them are some far out, and a bound of 0.
+    """
+    from hgrn2_bench.ops import gate as kernel
+
+    torch.manual_seed(0)
+    whole_BTE = (4 * torch.randn(2, 67, 3 * 152)).to(device, dtype)
+    whole_BTE[0, :4, -4:] = torch.tensor([60.0, -60.0, 90.0, -90.0])
+    bound_D = torch.rand(152, device=device)
+    bound_D[:3] = torch.tensor([0.0, 1e-4, 0.999])
+    found = []
+    for gate, kind in ((forget_gate, torch.float64), (kernel.forget_gate, dtype)):
+        leaves = [leaf(whole_BTE.to(kind)), *([leaf(bound_D.to(torch.promote_types(kind, torch.float32)))] if bounded else [])]
+        given = [leaves[0].chunk(3, -1)[-1], leaves[1] if bounded else None]
+        log_f, rest = gate(*given) if gate is forget_gate else gate(*given, dtype)
+        loss = weighted(log_f, seed=1) + weighted(rest.to(log_f.dtype), seed=2)
+        found.append([log_f.detach(), rest.detach(), *torch.autograd.grad(loss, leaves)])
+    names = ("y", "rest", "dx", "dbound")
+    return {name: ((wide(got) - want).norm() / want.norm()).item() for name, want, got in zip(names, *found, strict=False)}
+
+
 LAYER_CASES: dict[str, Callable[[], dict[str, float]]] = {
+    **{
+        f"gate{' with bound' * b} {dtype}": partial(gate_errors, b, dtype)
+        for b in (False, True)
+        for dtype in (torch.float32, torch.float16)
+    },
     **{f"{name} {dtype}": partial(layer_errors, name, dtype) for name in LAYERS for dtype in (torch.float32, torch.float16)},
     **{f"{name} continued": partial(layer_errors, name, start=True) for name in LAYERS if name.startswith("conv")},
     **{f"linear loss {dtype}": partial(linear_loss_errors, dtype) for dtype in (torch.float32, torch.float16)},

@@ -16,6 +16,7 @@ from fla_cases import (
     delta_case,
     diagonal_case,
     errors,
+    gate_errors,
     layer_errors,
     leaf,
     linear_loss_errors,
@@ -206,6 +207,14 @@ def summed(inputs: OpInputs, state: State, backend: str, gradients: bool) -> dic
         grads = torch.autograd.grad(sum((x.sum() for x in final), o.sum()), list(named.values()))
         found |= {f"d{name}": grad for name, grad in zip(named, grads, strict=True)}
     return found
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gate_matches_torch(bounded: bool, dtype: torch.dtype) -> None:
+    found = gate_errors(bounded, dtype, device="cuda")
+    tolerance = 1e-5 if dtype == torch.float32 else TOLERANCES[dtype]
+    assert all(error < tolerance for error in found.values()), found
 
 
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.startswith("conv")])

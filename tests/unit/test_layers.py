@@ -140,7 +140,7 @@ def test_l2_norm_has_length_one_in_any_dtype_and_leaves_zero_alone() -> None:
 def test_a_model_tells_its_backend_to_every_layer_that_follows_it(backend: str, norm: str) -> None:
     model = SequenceModel(ModelConfig(d_model=16, conv=4, norm=norm), HGRN2, {}, backend, 11, 12)
     followers = [module for module in model.modules() if isinstance(module, FollowsBackend)]
-    assert {type(module) for module in followers} == {ShortConv, LayerNorm if norm == "layernorm" else RMSNorm, LayerNorm}
+    assert {type(module) for module in followers} == {ShortConv, LayerNorm if norm == "layernorm" else RMSNorm, LayerNorm, ForgetGate}
     assert {module.backend for module in followers} == {backend}
 
 

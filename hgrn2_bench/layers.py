@@ -55,31 +55,38 @@ class DropPath(nn.Module):
         return x * (kept_B / (1 - self.dropout)).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
+LARGE = 2**22
+"""Numbers of a tensor from which on a pass over it takes longer than a launch by Triton."""
+
+
 class FollowsBackend:
-    """A layer with a Triton kernel of fla beside torch's own; the model sets its `backend` to that of the mixers."""
+    """A layer with a Triton kernel beside torch's own; the model sets its `backend` to that of the mixers."""
 
     backend: str = "chunked"
     replayed: bool = False
     """Whether training replays it in a CUDA graph, where a kernel costs no launch; `Steps` sets it."""
 
     def on_triton(self, x: Tensor) -> bool:
-        """Whether fla's kernel takes this input."""
+        """Whether a kernel in Triton takes this input."""
         return self.backend == "fla" and x.is_cuda
+
+    def in_triton(self, x: Tensor) -> bool:
+        """Whether Triton's fewer passes are faster: in a training step's CUDA graph, and on large inputs; else torch launches sooner."""
+        faster = x.numel() >= LARGE or (self.replayed and torch.is_grad_enabled())
+        return faster and self.on_triton(x) and x.dtype != torch.float64
 
 
 class LayerNorm(FollowsBackend, nn.LayerNorm):
-    """Layer norm over the last dimension; in a training step's CUDA graph on fla in Triton.
-
-    There torch's kernels, which take a block of threads for each short row, are the slower ones; step by step they launch faster.
-    """
+    """Layer norm over the last dimension, in Triton where that is faster: torch's kernels take a block of threads for each short row."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise, in float32 under autocast."""
-        if not (self.on_triton(input) and self.replayed and torch.is_grad_enabled()):
+        if not self.in_triton(input):
             return super().forward(input)
         from hgrn2_bench.ops import fla
 
-        return fla.layer_norm(input.float(), self.weight, self.bias, self.eps)
+        wide = input.float() if torch.is_autocast_enabled(input.device.type) else input
+        return fla.layer_norm(wide, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(FollowsBackend, nn.RMSNorm):
@@ -87,7 +94,7 @@ class RMSNorm(FollowsBackend, nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise."""
-        if self.eps is None or not (self.on_triton(x) and self.replayed and torch.is_grad_enabled()):
+        if self.eps is None or not self.in_triton(x):
             return super().forward(x)
         from hgrn2_bench.ops import fla
 
@@ -201,7 +208,7 @@ def forget_gate(logit_BTD: Tensor, bound_D: Tensor | None) -> tuple[Tensor, Tens
 class ForgetGate(FollowsBackend, nn.Module):
     """The forget gate of HGRN and HGRN2 with the bound that the model shares: logit (B, T, D) to (log f, 1 - f).
 
-    In a training step's CUDA graph on fla it is one Triton kernel each way, in float32, whatever the number of passes torch takes.
+    In Triton, where that is faster, it is one kernel each way, in float32.
 
     `forget_bias` belongs into the bias of the projection that makes the logit. Where that has none, or a convolution follows it (which
     would multiply the bias by the sum of its weights), the gate gets a learned bias of its own, unless `forget_bias` is 0.
@@ -226,7 +233,7 @@ class ForgetGate(FollowsBackend, nn.Module):
         if bound_LD is not None:
             bound_D, repeats = bound_LD[self.layer], self.spec.d_model // bound_LD.shape[1]
             bound_D = bound_D.repeat(repeats) if repeats > 1 else bound_D
-        if self.on_triton(logit_BTD) and self.replayed and torch.is_grad_enabled() and logit_BTD.dtype != torch.float64:
+        if self.in_triton(logit_BTD):
             from hgrn2_bench.ops import gate
 
             return gate.forget_gate(logit_BTD, bound_D, dtype or torch.float32)

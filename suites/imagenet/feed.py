@@ -6,6 +6,7 @@ Workers give bytes; the device makes numbers of them.
 Shape letters: B pictures, C channels, H height, W width.
 """
 
+import itertools
 import multiprocessing
 import os
 import threading
@@ -28,10 +29,10 @@ from suites.imagenet.order import Wanted
 from suites.imagenet.pictures import PictureSplit
 from suites.imagenet.task import TaskConfig
 
-MOST_WORKERS, AHEAD = 16, 4
-"""Worker processes of one process that trains, and batches that each works ahead."""
-LEAST_TIMED, TIMED_S = 4, 1.0
-"""Batches and seconds over which a feed is timed, at least."""
+MOST_WORKERS = 16
+"""Worker processes of one process that trains; each works two batches ahead, as DataLoader has it."""
+LEAST_ROUNDS, TIMED_S = 2, 1.0
+"""Over which a feed is timed, at least: batches of each worker, and seconds."""
 STRONGEST = 9.99
 """Magnitude of an operation of RandAugment, of 10: at 10 timm asks Pillow to keep no bit of a colour, which Pillow refuses by now."""
 Transform = Callable[[Any], np.ndarray]
@@ -109,15 +110,20 @@ class Ahead:
 def images_per_s(source: Ahead) -> float:
     """Pictures a second of one process's training batches, read again from the first one with nothing else to do.
 
-    The first batch of each worker is not counted, since it waits for the worker to start.
+    Workers that began together end a batch each at about the same time, so that whole rounds of them are counted, but for the first, which
+    waits for them to start.
     """
-    again, first = Ahead(source.feed, source.wanted, source.device), max(1, workers_here())
-    for step in range(first):
-        again.batch(step)
-    began, pictures, step = time.perf_counter(), 0, first
-    while step < first + LEAST_TIMED or time.perf_counter() - began < TIMED_S:
-        pictures += len(again.batch(step))
-        step += 1
+    again, workers = Ahead(source.feed, source.wanted, source.device), max(1, workers_here())
+    steps = itertools.count()
+
+    def round_of_batches() -> int:
+        return sum(len(again.batch(step)) for step in itertools.islice(steps, workers))
+
+    round_of_batches()
+    began, pictures, rounds = time.perf_counter(), 0, 0
+    while rounds < LEAST_ROUNDS or time.perf_counter() - began < TIMED_S:
+        pictures += round_of_batches()
+        rounds += 1
     return pictures / (time.perf_counter() - began)
 
 
@@ -143,7 +149,7 @@ def loader(feed: Feed, batches: Any, device: str) -> DataLoader[Tensor]:
     workers = workers_here()
     ahead: dict[str, Any] = {}
     if workers:
-        ahead = {"prefetch_factor": AHEAD, "multiprocessing_context": _server(), "worker_init_fn": _end_with_parent}
+        ahead = {"multiprocessing_context": _server(), "worker_init_fn": _end_with_parent}
     own = torch.Generator()  # or it would draw its workers' seeds from the one that dropout draws from
     return DataLoader(feed, batch_sampler=batches, num_workers=workers, pin_memory=device == "cuda", generator=own, **ahead)
 

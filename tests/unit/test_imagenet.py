@@ -401,3 +401,15 @@ def test_the_loader_alone_is_timed_without_its_start(monkeypatch):
     assert 20 < rate < 100  # ten milliseconds a picture; those of the first batch would be most of all
     assert time.perf_counter() - began > 1 + feed.TIMED_S
     assert source.next_step == -1
+
+
+def test_the_loader_is_timed_over_whole_rounds_of_its_workers(monkeypatch):
+    def in_bursts(self, step):
+        time.sleep(0.2 if step % 5 == 0 else 0)
+        return torch.zeros(3)
+
+    monkeypatch.setattr(feed, "workers_here", lambda: 5)
+    monkeypatch.setattr(feed, "TIMED_S", 0.3)
+    monkeypatch.setattr(feed.Ahead, "batch", in_bursts)
+    rate = feed.images_per_s(feed.Ahead(None, None, "cpu"))
+    assert 45 < rate <= 75  # five batches of three pictures in a burst every 0.2 s

@@ -1,8 +1,10 @@
+import copy
 import math
 
 import pytest
 import torch
 
+from hgrn2_bench import layers
 from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.hgrn2 import HGRN2
 from hgrn2_bench.interfaces import Context, MixerSpec
@@ -173,9 +175,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype]]:
     return found
 
 
-def test_norms_take_fla_s_kernel_in_a_captured_training_step_on_fla_only(asked: list[tuple[str, torch.dtype]]) -> None:
+def test_norms_take_fla_s_kernel_in_a_captured_training_step_and_on_large_inputs(
+    asked: list[tuple[str, torch.dtype]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = torch.randn(2, 3, 8).bfloat16()
-    for layer in (LayerNorm(8).bfloat16(), RMSNorm(8, eps=1e-5).bfloat16()):
+    for layer, kernel in ((LayerNorm(8).bfloat16(), "layer_norm"), (RMSNorm(8, eps=1e-5).bfloat16(), "rms_norm")):
         layer(x)
         layer.backend = "fla"
         layer(x)
@@ -184,15 +188,28 @@ def test_norms_take_fla_s_kernel_in_a_captured_training_step_on_fla_only(asked: 
             layer(x)
         layer.backend = "chunked"
         layer(x)
+        copy.deepcopy(layer).double()(x.double())
         layer.backend = "fla"
         assert asked == []
         layer(x)
-        assert asked == [("layer_norm", torch.float32) if isinstance(layer, LayerNorm) else ("rms_norm", torch.bfloat16)]
+        with torch.no_grad(), monkeypatch.context() as small:
+            small.setattr(layers, "LARGE", x.numel())
+            layer(x)
+            layer.double()(x.double())
+        assert asked == [(kernel, torch.bfloat16)] * 2
         asked.clear()
     without = RMSNorm(8)  # torch chooses eps by the dtype
     without.backend, without.replayed = "fla", True
     without(x.float())
     assert asked == []
+
+
+def test_a_layer_norm_in_triton_is_in_float32_under_autocast(asked: list[tuple[str, torch.dtype]]) -> None:
+    layer = LayerNorm(8)
+    layer.backend, layer.replayed = "fla", True
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(2, 3, 8).bfloat16())
+    assert asked == [("layer_norm", torch.float32)]
 
 
 def test_a_convolution_gives_fla_s_kernel_what_it_holds_and_takes_it_off_again(asked: list[tuple[str, torch.dtype]]) -> None:
@@ -207,7 +224,7 @@ def test_a_convolution_gives_fla_s_kernel_what_it_holds_and_takes_it_off_again(a
     assert asked == [("causal_conv", torch.float32)] * 3
 
 
-def test_a_gated_unit_takes_fla_s_kernel_in_a_captured_training_step_on_fla_only(asked: list[tuple[str, torch.dtype]]) -> None:
+def test_a_gated_unit_takes_fla_s_kernel_in_a_captured_training_step(asked: list[tuple[str, torch.dtype]]) -> None:
     x = torch.randn(2, 3, 8)
     for activation, expected in (("none", []), ("silu", [("swiglu", torch.float32)])):
         unit = GLU(8, 12, activation=activation)

@@ -249,8 +249,12 @@ class Backbone(nn.Module):
         return self.embed_dropout(x_BTD)
 
     def embedded(self, inputs: Tensor) -> Tensor:
-        """Embedded inputs without positions, scaled as `embed_scale` says; any shape (...) to (..., D)."""
+        """Embedded inputs without positions, scaled as `embed_scale` says; any shape (...) to (..., D).
+
+        They have the type of the parameters also under autocast, where a linear map gives less: all blocks add to them.
+        """
         x: Tensor = self.embedding(inputs)
+        x = x.to(next(self.embedding.parameters()).dtype)
         return x * math.sqrt(self.config.d_model) if self.config.embed_scale == "sqrt" else x
 
     def position_table(self) -> Tensor | None:

@@ -142,6 +142,17 @@ def _shapes(batch: Batch) -> Shapes:
     return tuple(t.shape for t in batch)
 
 
+def replayed(call: Callable[[], Tensor]) -> tuple[Callable[[], object], str]:
+    """A call on fixed inputs as the replay of its CUDA graph, after its first eager runs; itself where it cannot be recorded. And which."""
+    for _ in range(EAGER_STEPS):
+        call()
+    try:
+        graph, _ = capture(call)
+    except NotCapturedError as error:
+        return call, f"eager; cannot be captured in a CUDA graph: {error}"
+    return graph.replay, "CUDA graph"
+
+
 class NotCapturedError(Exception):
     """A step waits for the GPU, or does something else that a CUDA graph cannot hold; the text says what."""
 

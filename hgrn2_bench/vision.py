@@ -53,8 +53,8 @@ class PatchEmbedding(nn.Module):
         self.matrix_weights = self.proj.weight.numel()
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
-        """Embed all patches of a batch."""
-        return self.proj(images_BCHW).flatten(2).transpose(1, 2)
+        """Embed all patches of a batch; a token's channels lie side by side, as every sum with them will."""
+        return self.proj(images_BCHW).flatten(2).transpose(1, 2).contiguous()
 
 
 class VisionModel(Backbone):

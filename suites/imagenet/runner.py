@@ -4,7 +4,7 @@ Shape letters: N pictures of a split, B of a batch, H height, W width, C channel
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from hgrn2_bench.engine import Shape
 from hgrn2_bench.pixels import shifted
 from hgrn2_bench.plan import Cell
 from hgrn2_bench.protocol import Metric
-from hgrn2_bench.steps import Batch
+from hgrn2_bench.steps import Batch, replayed
+from hgrn2_bench.timing import wait
 from hgrn2_bench.trainer import DivergedError
 from hgrn2_bench.vision import Patches, VisionModel
 from suites.imagenet import drawn
@@ -210,23 +211,31 @@ class Runner:
         flops = measure.train_flops_per_token(model, config.tokens, 1 / config.tokens)
         number = min(self.eval_batch_size, len(self.labels["test"]))
         images_BCHW = torch.randn(number, config.channels, config.image_size, config.image_size, device=self.device)
+
+        def classify() -> Tensor:
+            with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
+                return model.logits(images_BCHW)
+
         gpu = self.device == "cuda"
-        times = []
+        call: Callable[[], object] = classify
+        mode = "eager"
         if gpu:
             torch.cuda.reset_peak_memory_stats()
-        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16"):
-            for _ in range(13 if gpu else 2):
-                began = time.perf_counter()
-                model.logits(images_BCHW)
-                if gpu:
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - began)
+            call, mode = replayed(classify)
+        peak = int(torch.cuda.max_memory_allocated()) if gpu else None
+        seconds = []
+        for _ in range(13 if gpu else 2):
+            began = time.perf_counter()
+            call()
+            wait(self.device)
+            seconds.append(time.perf_counter() - began)
         return {
             "tokens_per_image": config.tokens,
             "forward_flops_per_image": None if flops is None else flops / 3 * config.tokens,
-            "inference_images_per_s": len(images_BCHW) / float(np.median(times[3 if gpu else 1 :])),
-            "inference_batch": len(images_BCHW),
-            "inference_peak_bytes": int(torch.cuda.max_memory_allocated()) if gpu else None,
+            "inference_images_per_s": number / float(np.median(seconds[3 if gpu else 1 :])),
+            "inference_batch": number,
+            "inference_mode": mode,
+            "inference_peak_bytes": peak,
             "loader_images_per_s": None if self.on_device else images_per_s(self.ahead),
             "loader_workers": None if self.on_device else workers_here(),
         }

@@ -385,6 +385,7 @@ def test_details_say_what_a_picture_costs(tmp_path):
     assert row.details["tokens_per_image"] == 16
     assert row.details["forward_flops_per_image"] == row.train_flops_per_token * 16 / 3
     assert row.details["inference_images_per_s"] > 0
+    assert row.details["inference_mode"] == "eager"
     assert row.details["loader_images_per_s"] is None
 
 

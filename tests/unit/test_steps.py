@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from hgrn2_bench import steps as steps_module
 from hgrn2_bench.config import TrainConfig
 from hgrn2_bench.layers import LayerNorm
-from hgrn2_bench.steps import EAGER_STEPS, Steps
+from hgrn2_bench.steps import EAGER_STEPS, NotCapturedError, Steps, replayed
 from hgrn2_bench.trainer import make_optimizer
 
 
@@ -209,3 +210,20 @@ def test_a_step_that_cannot_be_captured_stays_eager_and_says_why(monkeypatch):
     assert len(take.mode) == len("eager; cannot be captured in a CUDA graph: ") + 120
     assert waiting[0] == 9  # tried once
     assert (driver.stream, driver.state) == ("default", "fresh")
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_call_is_replayed_where_it_can_be_recorded(recorded, monkeypatch):
+    calls, replays = [], []
+
+    def capture(call):
+        if not recorded:
+            raise NotCapturedError("it waits")
+        return SimpleNamespace(replay=lambda: replays.append(1)), call()
+
+    monkeypatch.setattr(steps_module, "capture", capture)
+    call, mode = replayed(lambda: calls.append(1))
+    assert len(calls) == EAGER_STEPS + recorded
+    call()
+    assert (len(calls), len(replays)) == (EAGER_STEPS + 1, int(recorded))
+    assert mode == ("CUDA graph" if recorded else "eager; cannot be captured in a CUDA graph: it waits")

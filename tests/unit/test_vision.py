@@ -119,3 +119,16 @@ def test_recomputing_a_block_drops_the_same_rows():
         model.logits(images).sum().backward()
         found.append(model.embedding.proj.weight.grad)
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("token", [False, True])
+@pytest.mark.parametrize("positions", ["none", "learned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_the_blocks_add_to_has_the_type_of_the_parameters_and_tokens_in_rows(dtype, positions, token):
+    model, seen = model_of(patches=Patches((8, 12), 4, class_token=token), positions=positions).to(dtype), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, given, found: seen.extend([given[0], found]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        model.logits(torch.randn(2, 3, 8, 12, dtype=dtype))
+    assert {x_BTD.dtype for x_BTD in seen} == {dtype}
+    assert all(x_BTD.is_contiguous() for x_BTD in seen)

@@ -71,9 +71,12 @@ class FollowsBackend:
         return self.backend == "fla" and x.is_cuda
 
     def in_triton(self, x: Tensor) -> bool:
-        """Whether Triton's fewer passes are faster: in a training step's CUDA graph, and on large inputs; else torch launches sooner."""
+        """Whether Triton's fewer passes are faster: in a training step's CUDA graph, and on large inputs; else torch launches sooner.
+
+        What torch compiles it fuses itself.
+        """
         faster = x.numel() >= LARGE or (self.replayed and torch.is_grad_enabled())
-        return faster and self.on_triton(x) and x.dtype != torch.float64
+        return faster and self.on_triton(x) and x.dtype != torch.float64 and not torch.compiler.is_compiling()
 
 
 class LayerNorm(FollowsBackend, nn.LayerNorm):
@@ -83,10 +86,10 @@ class LayerNorm(FollowsBackend, nn.LayerNorm):
         """Normalise, in float32 under autocast."""
         if not self.in_triton(input):
             return super().forward(input)
-        from hgrn2_bench.ops import fla
+        from hgrn2_bench.ops import norms
 
         wide = input.float() if torch.is_autocast_enabled(input.device.type) else input
-        return fla.layer_norm(wide, self.weight, self.bias, self.eps)
+        return norms.layer_norm(wide, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(FollowsBackend, nn.RMSNorm):
@@ -96,9 +99,9 @@ class RMSNorm(FollowsBackend, nn.RMSNorm):
         """Normalise."""
         if self.eps is None or not self.in_triton(x):
             return super().forward(x)
-        from hgrn2_bench.ops import fla
+        from hgrn2_bench.ops import norms
 
-        return fla.rms_norm(x, self.weight, self.eps)
+        return norms.rms_norm(x, self.weight, self.eps)
 
 
 class BatchNorm(nn.Module):

@@ -231,17 +231,20 @@ TOKENS: dict[str, Callable[[], Case]] = {
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "layer norm of 24": partial(LayerNorm, 24),
-    "layer norm of 64": partial(LayerNorm, 64),
+    "layer norm of 200": partial(LayerNorm, 200),
+    "layer norm of 200 without weight": partial(LayerNorm, 200, elementwise_affine=False),
+    "layer norm of 200 without bias": partial(LayerNorm, 200, bias=False),
     "rms norm of 24": partial(RMSNorm, 24, eps=1e-5),
-    "rms norm of 64": partial(RMSNorm, 64, eps=1e-5),
+    "rms norm of 200": partial(RMSNorm, 200, eps=1e-5),
+    "rms norm of 200 without weight": partial(RMSNorm, 200, eps=1e-5, elementwise_affine=False),
     "conv of width 4": partial(ShortConv, 24, 4, "x"),
     "conv of width 3 with bias": partial(ShortConv, 40, 3, "x", bias=True),
 }
-"""The layers that have a kernel of fla beside torch's own."""
+"""The layers that have a kernel in Triton beside torch's own."""
 
 
 def layer_errors(name: str, dtype: torch.dtype = torch.float32, T: int = 17, start: bool = False, device: str = "cpu") -> dict[str, float]:
-    """||fla - torch|| / ||torch|| of a layer's output and all its gradients for an input of `dtype`; torch computes in float64.
+    """||Triton - torch|| / ||torch|| of a layer's output and all its gradients for an input of `dtype`; torch computes in float64.
 
     With `start` a convolution continues after three tokens.
     """
@@ -249,7 +252,7 @@ def layer_errors(name: str, dtype: torch.dtype = torch.float32, T: int = 17, sta
     layer = LAYERS[name]()
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
-    D = layer.conv.in_channels if isinstance(layer, ShortConv) else layer.weight.numel()
+    D = layer.conv.in_channels if isinstance(layer, ShortConv) else layer.normalized_shape[0]
     x_BTD, past_BPD = (torch.randn(2, n, D).to(device, dtype) for n in (T, layer.width - 1 if start else 0))
     want = layer_results(copy.deepcopy(layer).to(device).double(), wide(x_BTD), wide(past_BPD))
     layer = layer.to(device)
@@ -376,11 +379,11 @@ def to(inputs: OpInputs, convert: Callable[[Tensor], Tensor]) -> OpInputs:
 
 
 def load_kernels() -> None:
-    """Import every fla module that the adapter and the layers use."""
+    """Import every module with kernels that the adapter and the layers use."""
     for module, _ in adapter._KERNELS.values():
         importlib.import_module(module)
     for module in (
-        "fla.modules.norm.layernorm",
+        "hgrn2_bench.ops.norms",
         "fla.modules.causal_conv1d.ops",
         "fla.modules.fused_cross_entropy",
         "fla.modules.fused_linear_cross_entropy",
@@ -409,15 +412,19 @@ def counted(value: Any) -> Any:
 
 
 def prepare_interpreter() -> None:
-    """Make fla's kernels run in the interpreter.
+    """Make the kernels run in the interpreter.
 
     Loop counters get Triton's methods, rows are picked without `tl.gather`, which the interpreter lacks inside kernels, and nothing is
-    tuned, since that needs a GPU to measure on.
+    tuned, since that needs a GPU to measure on. Norms have small tiles, so that few rows fill several programs, and their loops.
     """
     load_kernels()
+    from hgrn2_bench.ops import norms
+
+    norms.FORWARD = norms.BACKWARD = 512
+    norms.PROGRAMS = 3
     FollowsBackend.on_triton = lambda self, x: self.backend == "fla"  # there is no CUDA tensor here
     for name, module in list(sys.modules.items()):
-        if name.startswith(("fla.ops", "fla.modules")):
+        if name.startswith(("fla.ops", "fla.modules", "hgrn2_bench.ops.norms")):
             vars(module)["range"] = lambda *bounds: map(Counter, builtins.range(*map(int, bounds)))
             if hasattr(module, "IS_GATHER_SUPPORTED"):
                 vars(module)["IS_GATHER_SUPPORTED"] = False

@@ -334,16 +334,6 @@ def load_all() -> None:
         _function(module, name)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """Layer norm over the last dimension in the dtype of x, statistics in fp32."""
-    return _function("fla.modules.norm.layernorm", "layer_norm")(x, weight, bias, eps=eps)  # type: ignore[no-any-return]
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension, as `layer_norm`."""
-    return _function("fla.modules.norm.layernorm", "rms_norm")(x, weight, None, eps=eps)  # type: ignore[no-any-return]
-
-
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """SiLU(gate) * up in the dtype of both, computed in fp32."""
     return _function("fla.modules.activations", "swiglu")(gate, up)  # type: ignore[no-any-return]

@@ -31,7 +31,7 @@ def _log1p(u):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _forward(  # type: ignore[no-untyped-def]
+def _gate_forward(  # type: ignore[no-untyped-def]
     logit, bound, log_f, rest, M, D, stride, BOUNDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -52,7 +52,7 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _backward(  # type: ignore[no-untyped-def]
+def _gate_backward(  # type: ignore[no-untyped-def]
     logit, bound, d_log_f, d_rest, d_logit, d_bound, M, D, stride,
     BOUNDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +94,7 @@ class _Gate(torch.autograd.Function):
         M = len(logit_MD)
         grid = (triton.cdiv(M, ROWS), triton.cdiv(D, COLUMNS))
         bounded = bound_D is not None
-        _forward[grid](logit_MD, bound_D, log_f_BTD, rest_BTD, M, D, logit_MD.stride(0), bounded, ROWS, COLUMNS)
+        _gate_forward[grid](logit_MD, bound_D, log_f_BTD, rest_BTD, M, D, logit_MD.stride(0), bounded, ROWS, COLUMNS)
         ctx.save_for_backward(logit_MD, bound_D)
         return log_f_BTD, rest_BTD
 
@@ -107,7 +107,7 @@ class _Gate(torch.autograd.Function):
         grid = (triton.cdiv(M, ROWS * STEPS), triton.cdiv(D, COLUMNS))
         d_bound_PD = None if bound_D is None else logit_MD.new_empty(grid[0], D, dtype=torch.float32)
         bounded, stride = bound_D is not None, logit_MD.stride(0)
-        _backward[grid](logit_MD, bound_D, d_log_f, d_rest, d_logit, d_bound_PD, M, D, stride, bounded, ROWS, COLUMNS, STEPS)
+        _gate_backward[grid](logit_MD, bound_D, d_log_f, d_rest, d_logit, d_bound_PD, M, D, stride, bounded, ROWS, COLUMNS, STEPS)
         return d_logit, None if d_bound_PD is None else d_bound_PD.sum(0).to(bound_D.dtype), None
 
 

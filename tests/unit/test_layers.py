@@ -21,7 +21,7 @@ from hgrn2_bench.layers import (
     token_shift,
 )
 from hgrn2_bench.model import GLU, SequenceModel
-from hgrn2_bench.ops import fla
+from hgrn2_bench.ops import fla, norms
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -159,7 +159,7 @@ def test_norms_are_torch_s_own_off_the_gpu(make: type[torch.nn.Module]) -> None:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype]]:
-    """What reaches fla's kernels, as (name, dtype of the input); every tensor counts as one on a GPU."""
+    """What reaches the kernels in Triton, as (name, dtype of the input); every tensor counts as one on a GPU."""
     found: list[tuple[str, torch.dtype]] = []
 
     def kernel(name: str):
@@ -169,13 +169,13 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype]]:
 
         return run
 
-    for name in ("layer_norm", "rms_norm", "causal_conv", "swiglu"):
-        monkeypatch.setattr(fla, name, kernel(name))
+    for module, name in ((norms, "layer_norm"), (norms, "rms_norm"), (fla, "causal_conv"), (fla, "swiglu")):
+        monkeypatch.setattr(module, name, kernel(name))
     monkeypatch.setattr(FollowsBackend, "on_triton", lambda self, x: self.backend == "fla")
     return found
 
 
-def test_norms_take_fla_s_kernel_in_a_captured_training_step_and_on_large_inputs(
+def test_norms_run_in_triton_in_a_captured_training_step_and_on_large_inputs(
     asked: list[tuple[str, torch.dtype]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(2, 3, 8).bfloat16()
@@ -194,6 +194,8 @@ def test_norms_take_fla_s_kernel_in_a_captured_training_step_and_on_large_inputs
         layer(x)
         with torch.no_grad(), monkeypatch.context() as small:
             small.setattr(layers, "LARGE", x.numel())
+            layer(x)
+            small.setattr(torch.compiler, "is_compiling", lambda: True)
             layer(x)
             layer.double()(x.double())
         assert asked == [(kernel, torch.bfloat16)] * 2

@@ -157,7 +157,8 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
     columns += [Column(f"{metric} {WEIGHTS[split]}") for split in measured]
     others = _others(lines, protocol) if metric == protocol.metric else []
     columns += [Column(heading) for heading, _, _ in others]
-    columns += [Column("tokens/s", count)] * one_device + [Column("status")]
+    rates = [each for each in protocol.rates if any(_rate(line, each[1]) is not None for line in lines)] if one_device else []
+    columns += [Column("tokens/s", count)] * one_device + [Column(heading, count) for heading, _ in rates] + [Column("status")]
     body = [
         (
             line.first.model,
@@ -171,6 +172,7 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
             *(_with_weights(line, split) for split in measured),
             *(_beside(line, each) for each in others),
             *([_speed(line)] * one_device),
+            *(_rate(line, key) for _, key in rates),
             _status(line, best, seeds, protocol),
         )
         for line in lines
@@ -232,6 +234,12 @@ def _varying(lines: Sequence[Line], protocol: Protocol) -> list[str]:
 
 def _speed(line: Line) -> float | None:
     known = [run.row.tokens_per_s for run in line.runs if run.row.tokens_per_s]
+    return statistics.median(known) if known else None
+
+
+def _rate(line: Line, key: str) -> float | None:
+    """The median over seeds of a speed in the rows' details."""
+    known = [run.row.details[key] for run in line.runs if run.row.details.get(key) is not None]
     return statistics.median(known) if known else None
 
 

@@ -25,6 +25,7 @@ from hgrn2_bench.protocol import Metric
 from hgrn2_bench.results import Row
 from hgrn2_bench.stopping import InterruptedTrainingError, at_once, in_its_own_time
 from hgrn2_bench.trackers import mirrored
+from hgrn2_bench.trained import Trained
 from hgrn2_bench.trainer import DivergedError, Progress, TrainableTask, Trainer
 
 PROBE_TOKENS = 1024
@@ -244,6 +245,8 @@ def _train_and_measure(
     found = registry.model(cell.model_ref)
     if (versions(found, cell.settings, cell.model_config.first_layer), found.checkpoint) != (cell.mixer_version, cell.checkpoint):
         raise ConfigError(f"{cell.model_ref} changed after the run was planned; run again")
+    if found.trained:
+        facts.details = _told(cell, found.trained)
     model = build(cell)
     facts.description = describe(cell, model)
     facts.runner = runner = runner_class(cell)(cell)
@@ -259,10 +262,12 @@ def _train_and_measure(
     model.eval()
     facts.weights_hash, began = measure.weights_hash(model), time.perf_counter()
     metrics = list(runner.report(model))
-    facts.details = plain(runner.details(model)) if hasattr(runner, "details") else {}
+    if hasattr(runner, "details"):
+        facts.details = {**facts.details, **plain(runner.details(model))}
     if cell.checkpoint:
         facts.progress.train_s = time.perf_counter() - began
-        _note_trained(cell, found, facts)
+        if cell.device == "cuda":
+            facts.peak_bytes = int(torch.cuda.max_memory_allocated())
     elif registry.protocol(cell.suite).saves_weights:
         _save_weights(cell, model, folder, facts)
     for name, weights in further.items():
@@ -271,13 +276,12 @@ def _train_and_measure(
     return metrics
 
 
-def _note_trained(cell: Cell, found: registry.Model, facts: Facts) -> None:
-    """Note what a trained model says of itself, and the memory that its evaluation took."""
-    if found.trained:
-        told = {"checkpoint": cell.model_ref, "trained_model": found.trained.card.model, "trained_tokens": found.trained.tokens}
-        facts.details = plain({**told, "trained_on": dict(found.trained.card.tokenizer), **facts.details})
-    if cell.device == "cuda":
-        facts.peak_bytes = int(torch.cuda.max_memory_allocated())
+def _told(cell: Cell, trained: Trained) -> dict[str, Any]:
+    """What a trained model says of itself."""
+    card = trained.card
+    return plain(
+        {"checkpoint": cell.model_ref, "trained_model": card.model, "trained_tokens": trained.tokens, "trained_on": dict(card.tokenizer)}
+    )
 
 
 def _train(

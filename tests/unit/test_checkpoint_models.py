@@ -12,8 +12,10 @@ from hgrn2_bench import checkpoints, engine, registry
 from hgrn2_bench.cells import CellFolder
 from hgrn2_bench.checkpoints import Card
 from hgrn2_bench.config import ModelConfig
+from hgrn2_bench.engine import SkippedError
 from hgrn2_bench.errors import ConfigError, DataError
 from hgrn2_bench.language import LanguageModel
+from hgrn2_bench.lines import tokens_seen
 from hgrn2_bench.plan import make_plan
 from suites.wikitext import texts
 from suites.wikitext.tokenizers import Bytes
@@ -122,6 +124,17 @@ def test_the_command_of_a_cell_gives_that_cell(taught):
     cell = plan(f"model={taught[2]}", "window=4,8").cells[1]
     words = [word for word in shlex.split(cell.command) if "=" in word]
     assert make_plan(words, "cpu").cells[0].key == cell.key
+
+
+@pytest.mark.parametrize("error", [SkippedError("nothing to read"), RuntimeError("boom")])
+def test_an_evaluation_that_fails_still_says_what_the_model_has_seen(taught, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("suites.wikitext.runner.Runner.report", fail)
+    (row,) = run(one(f"model={taught[2]}"), tmp_path)
+    assert row.status == ("skipped" if isinstance(error, SkippedError) else "failed")
+    assert tokens_seen(row) == taught[1][0].tokens
 
 
 def test_suites_that_keep_no_models_take_none(taught):

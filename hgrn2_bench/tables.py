@@ -265,9 +265,11 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
     notes = _definition(rows)
     trains = not (protocol.takes_any_language_model and all(map(came_trained, rows)))
     budget = ("lr", "batch_size", *protocol.budget * trains, "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
-    same = {key: {json.dumps(row.settings.get(key)) for row in rows} for key in budget if key in first.settings}
-    fixed = [f"{key} {json.loads(next(iter(v)))}" for key, v in same.items() if len(v) == 1]
-    notes += [f"the same for every line: {', '.join(fixed)}"] * bool(fixed)
+    notes += _same(rows, budget, "every line")
+    here = [row for row in rows if not came_trained(row)]
+    if len(here) < len(rows):  # what was evaluated as it came has no lr and no epochs
+        learned_by = [key for key in budget if any(key not in row.settings for row in rows)]
+        notes += _same(here, learned_by, "every line that learned here")
     notes += [fairness.note(rows)] if fairness.matched(first) else []
     if any(line.searched for line in lines):
         notes.append(f"{', '.join(protocol.tuned)} chosen on {chosen_on(rows)}{as_published(rows)}")
@@ -299,6 +301,13 @@ def _notes(lines: Sequence[Line], protocol: Protocol, why: Sequence[str], one_de
     counts = sorted({row.truncated + row.skipped for row in rows})  # of one run: every line has the same items
     told = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     return notes + ([f"{told} truncated or skipped items"] if counts[-1] else []) + list(why)
+
+
+def _same(rows: Sequence[Row], keys: Sequence[str], who: str) -> list[str]:
+    """The settings among these keys that all rows have, and agree in."""
+    values = {key: {json.dumps(row.settings.get(key)) for row in rows} for key in keys if all(key in row.settings for row in rows)}
+    fixed = [f"{key} {json.loads(next(iter(found)))}" for key, found in values.items() if len(found) == 1]
+    return [f"the same for {who}: {', '.join(fixed)}"] * bool(fixed)
 
 
 def _listed(seeds: Sequence[int]) -> str:

@@ -68,7 +68,9 @@ class Runner(BlockTask):
         ConfigError for an untrained model under a preset that has no recipe to train it by.
         """
         found = registry.model(cell.model_ref).trained
-        require(found is not None or cell.preset != "evaluate", "preset=evaluate is for trained models: write model=DIR; other presets train")
+        require(
+            found is not None or cell.preset != "evaluate", "preset=evaluate is for trained models: write model=DIR; other presets train"
+        )
         corpus = corpus_of(cell)
         if found:
             refuse_unlike(found, corpus, cell.data)

@@ -251,3 +251,15 @@ def test_a_model_without_a_setting_is_not_called_unequal_in_it():
     report, (found,) = compared(rows(), other)
     assert found["finding"] == "a@1 is better"
     assert not any(note.startswith("not equal: conv") for note in report.table.notes)
+
+
+def test_the_foot_says_what_models_that_learned_here_share_beside_trained_ones():
+    learning = ("lr", "batch_size", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
+    came = [dataclasses.replace(each, settings={k: v for k, v in each.settings.items() if k not in learning}) for each in rows()]
+    here = [each for model in ("hgrn2", "gla") for each in rows(model, 20, fixed=False, settings={"epochs": 2})]
+    (trained,) = make_tables([*came, *here], dataclasses.replace(OF, budget=("weighting",)))
+    assert [note for note in trained.notes if note.startswith("the same")] == [
+        "the same for every line: weighting items",
+        "the same for every line that learned here: lr 0.001, batch_size 32, epochs 2, weight_decay 0.1, warmup 0.1, schedule cosine, "
+        "stop_at 0.0, channel_mixer none",
+    ]

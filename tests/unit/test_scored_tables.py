@@ -254,7 +254,7 @@ def test_a_model_without_a_setting_is_not_called_unequal_in_it():
 
 
 def test_the_foot_says_what_models_that_learned_here_share_beside_trained_ones():
-    learning = ("lr", "batch_size", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
+    learning = ("lr", "batch_size", "epochs", "weight_decay", "warmup", "schedule", "stop_at", "channel_mixer")
     came = [dataclasses.replace(each, settings={k: v for k, v in each.settings.items() if k not in learning}) for each in rows()]
     here = [each for model in ("hgrn2", "gla") for each in rows(model, 20, fixed=False, settings={"epochs": 2})]
     (trained,) = make_tables([*came, *here], dataclasses.replace(OF, budget=("weighting",)))

@@ -180,10 +180,11 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
     return Table(title, tuple(columns), tuple(body), tuple(_notes(lines, protocol, why, one_device)))
 
 
-def _with_weights(line: Line, split: str) -> str:
+def _with_weights(line: Line, split: str) -> Score:
     """Test values of other weights than the last ones, in seed order."""
-    found = [run.splits.get(split) for run in line.runs]
-    return ", ".join("–" if row is None or row.value is None else f"{row.value:.3f}" for row in found)
+    found = {run.row.seed: row.value for run in line.runs if (row := run.splits.get(split)) is not None}
+    values = [found.get(run.row.seed) for run in line.runs]
+    return Score(", ".join("–" if value is None else f"{value:.3f}" for value in values), found)
 
 
 def _error(line: Line) -> str:
@@ -198,15 +199,17 @@ def _others(lines: Sequence[Line], protocol: Protocol) -> list[tuple[str, str, s
     named = {(metric, split) for _, metric, split in protocol.beside_metric}
     members = [(f"{task} {metric}", metric, task) for task, metric in tasks.items() if (metric, task) not in named]
     members = members if len(tasks) <= MEMBERS_SHOWN else []
-    return [each for each in (*protocol.beside_metric, *members) if any(_beside(line, each) != "–" for line in lines)]
+    return [each for each in (*protocol.beside_metric, *members) if any(_beside(line, each).by_seed for line in lines)]
 
 
-def _beside(line: Line, further: tuple[str, str, str]) -> str:
+def _beside(line: Line, further: tuple[str, str, str]) -> Score:
     """The mean over seeds of another metric, of one run with its standard error over items; – where no run has it."""
     _, metric, split = further
-    known = [run.beside[metric, split] for run in line.runs if (metric, split) in run.beside]
+    known = {run.row.seed: run.beside[metric, split] for run in line.runs if (metric, split) in run.beside}
+    if not known:
+        return Score("–", {})
     error = items.error_of(line.first, split, metric) if len(known) == len(line.runs) == 1 else None
-    return f"{statistics.fmean(known):.3f}" + (f" ± {error:.3f}" if error is not None else "") if known else "–"
+    return Score(f"{statistics.fmean(known.values()):.3f}" + (f" ± {error:.3f}" if error is not None else ""), known)
 
 
 def _costs(row: Row) -> tuple[Any, ...]:

@@ -1,6 +1,8 @@
 """Tables and comparisons of rows that score items: standard errors, tests over items, tasks of their own unit, the six of the paper."""
 
+import csv
 import dataclasses
+import io
 
 import pytest
 from test_paired import held
@@ -8,6 +10,7 @@ from test_results import row
 from test_tables import lines, noted, protocol
 
 from hgrn2_bench.compare import Names, compare_models
+from hgrn2_bench.render import render
 from hgrn2_bench.tables import make_tables
 
 OF = protocol(
@@ -263,3 +266,11 @@ def test_the_foot_says_what_models_that_learned_here_share_beside_trained_ones()
         "the same for every line that learned here: lr 0.001, batch_size 32, epochs 2, weight_decay 0.1, warmup 0.1, schedule cosine, "
         "stop_at 0.0, channel_mixer none",
     ]
+
+
+def test_csv_holds_further_metrics_unrounded():
+    found = rows()
+    found[1] = dataclasses.replace(found[1], value=0.123456)
+    (head, line) = csv.reader(io.StringIO(render(only(found), "csv")))
+    assert (line[head.index("score seed 0")], line[head.index("acc_norm seed 0")]) == ("0.75", "0.123456")
+    assert "0.123 ± 0.040" in render(only(found), "md")

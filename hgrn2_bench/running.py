@@ -147,6 +147,8 @@ class Run:
         """Print the plan: one line for each group of cells that differ in seed and learning rate only."""
         cells, protocol, first = self.plan.cells, self.plan.protocol, self.plan.cells[0]
         probe = first.device == "cpu" and not protocol.speed  # a step on 65,536 tokens of a large model takes a CPU an hour
+        if probe:
+            print("building each model and timing a few of its tokens on this CPU", file=sys.stderr)
         descriptions = self.describe(cells, probe)
         settings = {key: {k: v for k, v in each.items() if k != "lr"} for key, each in swept(cells).items()}
         lines, seconds, flops = [], 0.0, 0.0

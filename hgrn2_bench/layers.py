@@ -57,6 +57,8 @@ class DropPath(nn.Module):
 
 LARGE = 2**22
 """Numbers of a tensor from which on a pass over it takes longer than a launch by Triton."""
+WIDEST = 8192
+"""The widest rows of which a norm's kernel holds one in the registers of a program."""
 
 
 class FollowsBackend:
@@ -79,29 +81,37 @@ class FollowsBackend:
         return faster and self.on_triton(x) and x.dtype != torch.float64 and not torch.compiler.is_compiling()
 
 
+def norm_in_triton(norm: "LayerNorm | RMSNorm", x: Tensor) -> Tensor | None:
+    """The input as a norm's kernel takes it, in float32 under autocast; None where torch's own is to run."""
+    if not norm.in_triton(x) or norm.normalized_shape != x.shape[-1:] or x.shape[-1] > WIDEST:
+        return None
+    return x.float() if torch.is_autocast_enabled(x.device.type) else x
+
+
 class LayerNorm(FollowsBackend, nn.LayerNorm):
     """Layer norm over the last dimension, in Triton where that is faster: torch's kernels take a block of threads for each short row."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise, in float32 under autocast."""
-        if not self.in_triton(input):
+        x = norm_in_triton(self, input)
+        if x is None:
             return super().forward(input)
         from hgrn2_bench.ops import norms
 
-        wide = input.float() if torch.is_autocast_enabled(input.device.type) else input
-        return norms.layer_norm(wide, self.weight, self.bias, self.eps)
+        return norms.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class RMSNorm(FollowsBackend, nn.RMSNorm):
     """Root-mean-square norm over the last dimension, in Triton where `LayerNorm` is."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise."""
-        if self.eps is None or not self.in_triton(x):
+        """Normalise, in float32 under autocast."""
+        wide = None if self.eps is None else norm_in_triton(self, x)
+        if wide is None or self.eps is None:
             return super().forward(x)
         from hgrn2_bench.ops import norms
 
-        return norms.rms_norm(x, self.weight, self.eps)
+        return norms.rms_norm(wide, self.weight, self.eps)
 
 
 class BatchNorm(nn.Module):

@@ -93,8 +93,11 @@ class Protocol:
     """Of a suite that times: two models, of which the table says from where on the first is faster."""
     beside_metric: tuple[tuple[str, str, str], ...] = ()
     """Further columns of the table of the primary metric, where a run has them: heading, metric, split."""
-    rates: tuple[tuple[str, str], ...] = ()
-    """Further speeds in the table, beside tokens/s: heading, and the key in a row's details."""
+    rates: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
+    """Further speeds in the table, beside tokens/s: heading, the key in a row's details, and keys of what it goes by.
+
+    A note says that; where it differs between rows there is no column.
+    """
     averaged: tuple[str, tuple[str, ...]] = ("", ())
     """A setting that names the tasks, and the values over all of which, and no fewer, a model has an average."""
     averaged_as: tuple[str, ...] = ()

@@ -147,10 +147,14 @@ def replayed(call: Callable[[], Tensor]) -> tuple[Callable[[], object], str]:
     for _ in range(EAGER_STEPS):
         call()
     try:
-        graph, _ = capture(call)
+        graph, left = capture(call)
     except NotCapturedError as error:
         return call, f"eager; cannot be captured in a CUDA graph: {error}"
-    return graph.replay, "CUDA graph"
+
+    def replay(kept: object = (call, left)) -> None:  # what it reads and where it writes stay alive with it
+        graph.replay()
+
+    return replay, "CUDA graph"
 
 
 class NotCapturedError(Exception):

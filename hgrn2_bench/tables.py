@@ -157,8 +157,8 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
     columns += [Column(f"{metric} {WEIGHTS[split]}") for split in measured]
     others = _others(lines, protocol) if metric == protocol.metric else []
     columns += [Column(heading) for heading, _, _ in others]
-    rates = [each for each in protocol.rates if any(_rate(line, each[1]) is not None for line in lines)] if one_device else []
-    columns += [Column("tokens/s", count)] * one_device + [Column(heading, count) for heading, _ in rates] + [Column("status")]
+    rates = _rates(lines, protocol) if one_device else {}
+    columns += [Column("tokens/s", count)] * one_device + [Column(heading, count) for heading in rates] + [Column("status")]
     body = [
         (
             line.first.model,
@@ -172,12 +172,13 @@ def _table(runs: Sequence[Run], protocol: Protocol, metric: str, why: Sequence[s
             *(_with_weights(line, split) for split in measured),
             *(_beside(line, each) for each in others),
             *([_speed(line)] * one_device),
-            *(_rate(line, key) for _, key in rates),
+            *(_rate(line, key) for key, _ in rates.values()),
             _status(line, best, seeds, protocol),
         )
         for line in lines
     ]
-    return Table(title, tuple(columns), tuple(body), tuple(_notes(lines, protocol, why, one_device)))
+    gone_by = [f"{heading}: {told}" for heading, (_, told) in rates.items() if told]
+    return Table(title, tuple(columns), tuple(body), (*_notes(lines, protocol, why, one_device), *gone_by))
 
 
 def _with_weights(line: Line, split: str) -> Score:
@@ -238,6 +239,17 @@ def _varying(lines: Sequence[Line], protocol: Protocol) -> list[str]:
 def _speed(line: Line) -> float | None:
     known = [run.row.tokens_per_s for run in line.runs if run.row.tokens_per_s]
     return statistics.median(known) if known else None
+
+
+def _rates(lines: Sequence[Line], protocol: Protocol) -> dict[str, tuple[str, str]]:
+    """By heading the further speeds that some line has: the key in a row's details, and what it goes by, the same in all rows."""
+    found = {}
+    for heading, key, by in protocol.rates:
+        rows = [run.row.details for line in lines for run in line.runs if run.row.details.get(key) is not None]
+        told = {", ".join(f"{name} {details[name]}" for name in by if details.get(name) is not None) for details in rows}
+        if len(told) == 1:
+            found[heading] = key, told.pop()
+    return found
 
 
 def _rate(line: Line, key: str) -> float | None:

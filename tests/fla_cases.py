@@ -243,30 +243,34 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 """The layers that have a kernel in Triton beside torch's own."""
 
 
-def layer_errors(name: str, dtype: torch.dtype = torch.float32, T: int = 17, start: bool = False, device: str = "cpu") -> dict[str, float]:
+def layer_errors(
+    name: str, dtype: torch.dtype = torch.float32, T: int = 17, start: bool = False, device: str = "cpu", parts: int = 1
+) -> dict[str, float]:
     """||Triton - torch|| / ||torch|| of a layer's output and all its gradients for an input of `dtype`; torch computes in float64.
 
-    With `start` a convolution continues after three tokens.
+    With `start` a convolution continues after three tokens; the input is the last of so many parts of a wider tensor.
     """
     torch.manual_seed(0)
     layer = LAYERS[name]()
     for parameter in layer.parameters():
         nn.init.normal_(parameter)
     D = layer.conv.in_channels if isinstance(layer, ShortConv) else layer.normalized_shape[0]
-    x_BTD, past_BPD = (torch.randn(2, n, D).to(device, dtype) for n in (T, layer.width - 1 if start else 0))
-    want = layer_results(copy.deepcopy(layer).to(device).double(), wide(x_BTD), wide(past_BPD))
+    x_BTE = torch.randn(2, T, parts * D).to(device, dtype)
+    past_BPD = torch.randn(2, layer.width - 1 if start else 0, D).to(device, dtype)
+    want = layer_results(copy.deepcopy(layer).to(device).double(), wide(x_BTE), wide(past_BPD), parts)
     layer = layer.to(device)
     layer.backend, layer.replayed = "fla", True
-    got = layer_results(layer, x_BTD, past_BPD)
+    got = layer_results(layer, x_BTE, past_BPD, parts)
     return {key: ((wide(got[key]) - tensor).norm() / tensor.norm()).item() for key, tensor in want.items()}
 
 
-def layer_results(layer: nn.Module, x_BTD: Tensor, past_BPD: Tensor) -> dict[str, Tensor]:
+def layer_results(layer: nn.Module, x_BTE: Tensor, past_BPD: Tensor, parts: int = 1) -> dict[str, Tensor]:
     """Output `y` and the gradients of a random weighting of it: `dx` and one for each parameter; of a convolution also what it keeps."""
-    x_BTD = leaf(x_BTD)
+    x_BTE = leaf(x_BTE)
+    x_BTD = x_BTE.chunk(parts, -1)[-1]
     ctx = Context(state={"x": (past_BPD,)}, return_state=True) if past_BPD.shape[1] else Context()
-    y_BTD = layer(x_BTD, ctx) if isinstance(layer, ShortConv) else layer(x_BTD)
-    names, leaves = zip(("x", x_BTD), *layer.named_parameters(), strict=True)
+    y_BTD = layer(x_BTD, ctx) if isinstance(layer, ShortConv) else layer(x_BTD).add_(0)  # as torch's, it may be written to
+    names, leaves = zip(("x", x_BTE), *layer.named_parameters(), strict=True)
     grads = torch.autograd.grad(weighted(y_BTD, seed=1), leaves)
     kept = {"kept": ctx.next_state["x"][0].detach()} if ctx.next_state else {}
     return {"y": y_BTD.detach(), **kept} | {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
@@ -296,13 +300,15 @@ def linear_loss_errors(dtype: torch.dtype = torch.float32, device: str = "cpu") 
 def gate_errors(bounded: bool, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, float]:
     """||Triton - torch|| / ||torch|| of both results of the forget gate, and the gradients for logits and bound; torch in float64.
 
-    The logits are a part of a projection, as in the mixers; among them are some far out, and a bound of 0.
+    The logits are a part of a projection, as in the mixers. Among them are some far out, also where the bound is 0, small or near 1;
+    `far` is the greatest relative error of log f there at the lower bounds, where f near 1 would not show in a norm over all.
     """
     from hgrn2_bench.ops import gate as kernel
 
     torch.manual_seed(0)
     whole_BTE = (4 * torch.randn(2, 67, 3 * 152)).to(device, dtype)
-    whole_BTE[0, :4, -4:] = torch.tensor([60.0, -60.0, 90.0, -90.0])
+    far_F = torch.tensor([-80.0, -60.0, -20.0, 14.0, 20.0, 60.0, 80.0])
+    whole_BTE[0, : len(far_F), -152:] = far_F[:, None].to(device, dtype)
     bound_D = torch.rand(152, device=device)
     bound_D[:3] = torch.tensor([0.0, 1e-4, 0.999])
     found = []
@@ -313,7 +319,24 @@ def gate_errors(bounded: bool, dtype: torch.dtype = torch.float32, device: str =
         loss = weighted(log_f, seed=1) + weighted(rest.to(log_f.dtype), seed=2)
         found.append([log_f.detach(), rest.detach(), *torch.autograd.grad(loss, leaves)])
     names = ("y", "rest", "dx", "dbound")
-    return {name: ((wide(got) - want).norm() / want.norm()).item() for name, want, got in zip(names, *found, strict=False)}
+    errors = {name: ((wide(got) - want).norm() / want.norm()).item() for name, want, got in zip(names, *found, strict=False)}
+    want, got = (wide(log_f[0, : len(far_F), :2]) for log_f, *_ in found)
+    return errors | {"far": ((got - want) / want).abs().max().item()}
+
+
+def saturated_gate_errors(device: str = "cpu") -> dict[str, float]:
+    """As `gate_errors`, of logits below float32's least exponent and bounds of 0 and less than its least number; torch in float32."""
+    from hgrn2_bench.ops import gate as kernel
+
+    logit_BTD = torch.tensor([-1e30, -1e4, -100.0, -88.0, -87.0, -85.0, 0.0, 100.0, 1e30], device=device)[None, :, None].expand(1, 9, 3)
+    found = []
+    for gate in (forget_gate, kernel.forget_gate):
+        leaves = [leaf(logit_BTD), leaf(torch.tensor([0.0, 1e-40, 1e-37], device=device))]
+        log_f, rest = gate(*leaves)
+        found.append([log_f.detach(), rest.detach(), *torch.autograd.grad(log_f.clamp(-1e3).sum() + rest.sum(), leaves)])
+    assert all(torch.isfinite(each).all() for each in found[1])
+    pairs = zip(("y", "rest", "dx", "dbound"), *found, strict=True)
+    return {name: ((wide(got) - wide(want)).norm() / wide(want).norm()).item() for name, want, got in pairs}
 
 
 LAYER_CASES: dict[str, Callable[[], dict[str, float]]] = {
@@ -322,7 +345,9 @@ LAYER_CASES: dict[str, Callable[[], dict[str, float]]] = {
         for b in (False, True)
         for dtype in (torch.float32, torch.float16)
     },
+    "gate at the least numbers": saturated_gate_errors,
     **{f"{name} {dtype}": partial(layer_errors, name, dtype) for name in LAYERS for dtype in (torch.float32, torch.float16)},
+    **{f"{name} of a part": partial(layer_errors, name, parts=3) for name in LAYERS if "norm" in name},
     **{f"{name} continued": partial(layer_errors, name, start=True) for name in LAYERS if name.startswith("conv")},
     **{f"linear loss {dtype}": partial(linear_loss_errors, dtype) for dtype in (torch.float32, torch.float16)},
     **{f"loss over {size} {dtype}": partial(loss_errors, size, dtype) for size in (50, 8192) for dtype in (torch.float32, torch.float16)},

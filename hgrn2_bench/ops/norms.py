@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 FORWARD, BACKWARD = 4096, 2048
 """Numbers of a tensor that a program of 4 warps holds at a time; a wider row has as many more warps."""
@@ -87,32 +88,37 @@ class _Norm(torch.autograd.Function):
         x_MD = x.reshape(-1, D)
         if x_MD.stride(-1) != 1:
             x_MD = x_MD.contiguous()
-        M, y_MD = len(x_MD), x_MD.new_empty(x_MD.shape)
+        weight_D, bias_D = (None if each is None else each.contiguous() for each in (weight_D, bias_D))
+        M, y = len(x_MD), x_MD.new_empty(x.shape)
         mean_M, rstd_M = (x_MD.new_empty(0 if unused else M, dtype=torch.float32) for unused in (rms, False))
         rows, warps = _tile(D, FORWARD)
         kinds = (rms, weight_D is not None, bias_D is not None)
-        _norm_forward[(triton.cdiv(M, rows),)](
-            x_MD, weight_D, bias_D, y_MD, mean_M, rstd_M, eps, M, x_MD.stride(0), D, _width(D), rows, *kinds, num_warps=warps
-        )
+        with torch.cuda.device_of(x):  # Triton launches on the current one
+            _norm_forward[(triton.cdiv(M, rows),)](
+                x_MD, weight_D, bias_D, y, mean_M, rstd_M, eps, M, x_MD.stride(0), D, _width(D), rows, *kinds, num_warps=warps
+            )
         ctx.save_for_backward(x_MD, weight_D, mean_M, rstd_M)
-        ctx.kinds = kinds
-        return y_MD.view(x.shape)
+        ctx.kinds, ctx.bias_dtype = kinds, None if bias_D is None else bias_D.dtype
+        return y
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x_MD, weight_D, mean_M, rstd_M = ctx.saved_tensors
         dy = gradients[0].contiguous()
         (M, D), (rms, weight, bias) = x_MD.shape, ctx.kinds
         rows, warps = _tile(D, BACKWARD)
         programs = max(1, min(PROGRAMS, triton.cdiv(M, rows)))
-        dx_MD = x_MD.new_empty(M, D)
+        dx = x_MD.new_empty(dy.shape)
         dw_PD, db_PD = (x_MD.new_empty(programs, D, dtype=torch.float32) if there else None for there in (weight, bias))
-        _norm_backward[(programs,)](
-            x_MD, weight_D, mean_M, rstd_M, dy, dx_MD, dw_PD, db_PD, M, x_MD.stride(0), triton.cdiv(M, rows * programs),
-            D, _width(D), rows, rms, weight, bias, num_warps=warps,
-        )  # fmt: skip
-        dw_D, db_D = (None if sums_PD is None else sums_PD.sum(0).to(weight_D.dtype) for sums_PD in (dw_PD, db_PD))
-        return dx_MD.view(dy.shape), dw_D, db_D, None, None
+        with torch.cuda.device_of(dy):
+            _norm_backward[(programs,)](
+                x_MD, weight_D, mean_M, rstd_M, dy, dx, dw_PD, db_PD, M, x_MD.stride(0), triton.cdiv(M, rows * programs),
+                D, _width(D), rows, rms, weight, bias, num_warps=warps,
+            )  # fmt: skip
+        dw_D = None if dw_PD is None else dw_PD.sum(0).to(weight_D.dtype)
+        db_D = None if db_PD is None else db_PD.sum(0).to(ctx.bias_dtype)
+        return dx, dw_D, db_D, None, None
 
 
 def _width(D: int) -> int:
@@ -126,7 +132,7 @@ def _tile(D: int, numbers: int) -> tuple[int, int]:
 
 
 def layer_norm(x: Tensor, weight_D: Tensor | None, bias_D: Tensor | None, eps: float) -> Tensor:
-    """Layer norm over the last dimension in the type of x, float32 or narrower; the bias has the type of the weight."""
+    """Layer norm over the last dimension in the type of x, float32 or narrower."""
     y: Tensor = _Norm.apply(x, weight_D, bias_D, eps, False)  # type: ignore[no-untyped-call]
     return y
 

@@ -29,7 +29,10 @@ PROTOCOL = Protocol(
     budget=("image_size", "patch", "pool", "train_examples", "augment", "repeats", "mixup", "cutmix", "smoothing", "validation"),
     idle=("fingerprint", "softmax", "cutoffs", "embed_scale", "tie_embeddings"),
     beside_metric=(("top-5", "top5", "test"), ("ReaL", "real", "test")),
-    rates=(("images/s, inference", "inference_images_per_s"), ("images/s, loader", "loader_images_per_s")),
+    rates=(
+        ("images/s, inference", "inference_images_per_s", ("inference_mode", "inference_batch")),
+        ("images/s, loader", "loader_images_per_s", ("loader_workers",)),
+    ),
     figures=(
         Figure("lr", "top-1 accuracy against learning rate", x="lr", x_label="learning rate", metric="top1", log_x=10, joined=("lr",)),
         Figure("size", "top-1 accuracy against size", x="parameters", x_label="parameters", metric="top1", log_x=10),

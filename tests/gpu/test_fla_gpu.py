@@ -23,6 +23,7 @@ from fla_cases import (
     loss_errors,
     low_rank_case,
     results,
+    saturated_gate_errors,
     slot_case,
     to,
     wide,
@@ -160,7 +161,7 @@ def test_output_has_the_dtype_of_v(family: str) -> None:
 @pytest.mark.parametrize("T", [17, 64, 5003])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers_kernel_matches_torch(layer: str, T: int, dtype: torch.dtype) -> None:
-    found = layer_errors(layer, dtype, T, device="cuda")
+    found = layer_errors(layer, dtype, T, device="cuda", parts=1 + 2 * ("norm" in layer))
     tolerance = 1e-4 if dtype == torch.float32 else TOLERANCES[dtype]  # no matrix product, hence no tf32
     assert all(error < tolerance for error in found.values()), found
 
@@ -215,6 +216,18 @@ def test_gate_matches_torch(bounded: bool, dtype: torch.dtype) -> None:
     found = gate_errors(bounded, dtype, device="cuda")
     tolerance = 1e-5 if dtype == torch.float32 else TOLERANCES[dtype]
     assert all(error < tolerance for error in found.values()), found
+
+
+def test_gate_at_the_least_numbers_matches_torch() -> None:
+    found = saturated_gate_errors(device="cuda")
+    assert all(error < 1e-5 for error in found.values()), found
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_kernels_run_on_the_device_of_their_input() -> None:
+    assert torch.cuda.current_device() == 0
+    for found in (layer_errors("layer norm of 200", device="cuda:1"), gate_errors(True, device="cuda:1")):
+        assert all(error < 1e-4 for error in found.values()), found
 
 
 @pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.startswith("conv")])

@@ -22,6 +22,7 @@ from hgrn2_bench.layers import (
 )
 from hgrn2_bench.model import GLU, SequenceModel
 from hgrn2_bench.ops import fla, norms
+from hgrn2_bench.ops import gate as gate_module
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -206,12 +207,58 @@ def test_norms_run_in_triton_in_a_captured_training_step_and_on_large_inputs(
     assert asked == []
 
 
-def test_a_layer_norm_in_triton_is_in_float32_under_autocast(asked: list[tuple[str, torch.dtype]]) -> None:
-    layer = LayerNorm(8)
+@pytest.mark.parametrize("layer", [LayerNorm(8), RMSNorm(8, eps=1e-5)], ids=["layer", "rms"])
+def test_a_norm_in_triton_is_in_float32_under_autocast(asked: list[tuple[str, torch.dtype]], layer: torch.nn.Module) -> None:
     layer.backend, layer.replayed = "fla", True
     with torch.autocast("cpu", torch.bfloat16):
         layer(torch.randn(2, 3, 8).bfloat16())
-    assert asked == [("layer_norm", torch.float32)]
+    assert [dtype for _, dtype in asked] == [torch.float32]
+
+
+def test_norms_that_no_kernel_holds_are_torch_s(asked: list[tuple[str, torch.dtype]], monkeypatch: pytest.MonkeyPatch) -> None:
+    over_two, wide, narrow = LayerNorm((3, 8)), LayerNorm(8), RMSNorm(4, eps=1e-5)
+    for layer in (over_two, wide, narrow):
+        layer.backend, layer.replayed = "fla", True
+    x = torch.randn(2, 3, 8)
+    torch.testing.assert_close(over_two(x), torch.nn.functional.layer_norm(x, (3, 8)))
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        narrow(x)
+    monkeypatch.setattr(layers, "WIDEST", 7)
+    wide(x)
+    assert asked == []
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+def test_a_forget_gate_gives_its_kernel_the_bound_of_its_layer_and_the_type_of_the_key(
+    bounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[torch.Tensor | None, torch.dtype]] = []
+
+    def kernel(logit: torch.Tensor, bound: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        given.append((bound, dtype))
+        return logit, logit
+
+    monkeypatch.setattr(gate_module, "forget_gate", kernel)
+    monkeypatch.setattr(FollowsBackend, "on_triton", lambda self, x: self.backend == "fla")
+    gate = ForgetGate(MixerSpec(6, layer=1), projection_bias=True)
+    gate.backend, gate.replayed = "fla", True
+    bound_LD = torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.2, 0.3]])
+    ctx = Context(shared={"lower_bound": bound_LD} if bounded else {})
+    gate(torch.randn(1, 2, 6), ctx, torch.bfloat16)
+    gate(torch.randn(1, 2, 6), ctx)
+    gate(torch.randn(1, 2, 6).double(), ctx)  # torch's
+    assert [dtype for _, dtype in given] == [torch.bfloat16, torch.float32]
+    for bound, _ in given:
+        assert (bound is not None) == bounded
+        assert bound is None or torch.equal(bound, bound_LD[1].repeat(2))
+
+
+@pytest.mark.parametrize("variant", ["paper", "fla"])
+def test_hgrn2_rounds_its_key_as_its_query(variant: str) -> None:
+    mixer = HGRN2(MixerSpec(8, settings={"variant": variant, "expand_ratio": 4}))
+    with torch.autocast("cpu", torch.bfloat16):
+        inputs = mixer.project(torch.randn(1, 3, 8), Context())
+    assert (inputs.q_BTHK.dtype, inputs.k_BTHK.dtype, inputs.log_f_BTHK.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
 
 
 def test_a_convolution_gives_fla_s_kernel_what_it_holds_and_takes_it_off_again(asked: list[tuple[str, torch.dtype]]) -> None:
@@ -226,7 +273,9 @@ def test_a_convolution_gives_fla_s_kernel_what_it_holds_and_takes_it_off_again(a
     assert asked == [("causal_conv", torch.float32)] * 3
 
 
-def test_a_gated_unit_takes_fla_s_kernel_in_a_captured_training_step(asked: list[tuple[str, torch.dtype]]) -> None:
+def test_a_gated_unit_takes_fla_s_kernel_in_a_captured_training_step_and_on_large_inputs(
+    asked: list[tuple[str, torch.dtype]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     x = torch.randn(2, 3, 8)
     for activation, expected in (("none", []), ("silu", [("swiglu", torch.float32)])):
         unit = GLU(8, 12, activation=activation)
@@ -238,5 +287,8 @@ def test_a_gated_unit_takes_fla_s_kernel_in_a_captured_training_step(asked: list
             unit(x)
         assert asked == []
         unit(x)
-        assert asked == expected
+        with torch.no_grad(), monkeypatch.context() as small:
+            small.setattr(layers, "LARGE", 2 * 3 * 12)
+            unit(x)
+        assert asked == expected * 2
         asked.clear()

@@ -639,13 +639,17 @@ def test_what_never_ran_does_not_take_the_speed_column_away():
     assert [f["tokens/s"] for f in lines(table)] == [25_600.0, None]
 
 
-def test_further_speeds_have_columns_where_one_device_gave_them():
-    of = protocol(solved=None, rates=(("images/s", "images"), ("pages/s", "pages")))
-    rows = [each for n, seed in ((100, 0), (300, 1), (200, 2)) for each in run(0.5, seed=seed, details={"images": n, "pages": None})]
+def test_further_speeds_have_columns_where_one_device_gave_them_in_one_way():
+    of = protocol(solved=None, rates=(("images/s", "images", ("mode", "batch")), ("pages/s", "pages", ())))
+    told = {"mode": "graph", "batch": 8, "pages": None}
+    rows = [each for n, seed in ((100, 0), (300, 1), (200, 2)) for each in run(0.5, seed=seed, details={"images": n, **told})]
     rows += run(0.4, model="gla")
-    assert [found.get("images/s") for found in lines(only(rows, of))] == [200, None]
-    assert "pages/s" not in [column.name for column in only(rows, of).columns]
-    assert "images/s" not in [column.name for column in only([*rows, *run(0.3, device_name="other", seed=3)], of).columns]
+    table = only(rows, of)
+    assert [found.get("images/s") for found in lines(table)] == [200, None]
+    assert noted(table, "images/s: mode graph, batch 8")
+    assert "pages/s" not in [column.name for column in table.columns]
+    for other in ({"device_name": "other"}, {"details": {"images": 50, **told, "mode": "eager"}}):
+        assert "images/s" not in [column.name for column in only([*rows, *run(0.3, **other, seed=3)], of).columns]
 
 
 # notes

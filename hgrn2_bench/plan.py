@@ -163,6 +163,9 @@ def make_plan(words: Sequence[str], device: str, files: bool = True) -> Plan:
     check_names(parsed, protocol, chosen)
     check_models(chosen)
     check_trained(parsed, protocol, chosen)
+    untrained = [model.name for model in chosen if not model.trained]
+    if files and untrained and not any(word.name == "model" for word in preset_words):
+        raise ConfigError(f"preset={preset_name} is for trained models: write model=DIR; preset=smoke trains {untrained[0]}")
     cells: dict[str, Cell] = {}
     notes: dict[str, None] = {}
     for (task, task_words), (ref, model) in itertools.product(tasks.items(), zip(refs, chosen, strict=True)):

@@ -154,6 +154,12 @@ def test_a_preset_without_models_asks_for_one():
         make_plan(["suite=wikitext", "preset=evaluate"], "cpu")
 
 
+def test_a_preset_for_trained_models_trains_none(taught):
+    for models in ("hgrn2", f"{taught[2]},hgrn2"):
+        with pytest.raises(ConfigError, match=r"^preset=evaluate is for trained models: write model=DIR; preset=smoke trains hgrn2$"):
+            make_plan(["suite=wikitext", "preset=evaluate", f"model={models}"], "cpu")
+
+
 def edited(folder, **changes):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

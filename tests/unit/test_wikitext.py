@@ -80,12 +80,6 @@ def test_paper_trains_on_65536_tokens_an_update_as_fairseq_does(anything):
     assert engine.describe(cell, engine.build(cell)).tokens == 50_000 * min(65_536, 512)  # of a corpus with one block
 
 
-def test_a_preset_without_a_recipe_trains_no_model(anything):
-    (cell,) = cells("preset=evaluate", "model=hgrn2")
-    with pytest.raises(ConfigError, match=r"^preset=evaluate is for trained models: write model=DIR; other presets train$"):
-        Runner.build(cell)
-
-
 @pytest.mark.parametrize("task", PRESETS["pretrain"].tasks)
 def test_pretraining_sizes_are_what_their_names_say(task, anything):
     with torch.device("meta"):

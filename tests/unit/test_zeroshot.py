@@ -79,7 +79,7 @@ def done(tmp_path_factory):
         (("preset=test", "block=1"), "block=1 must be at least 2 tokens"),
         (("preset=test", "bos=yes"), "bos"),
         (("preset=test", "scan=both"), "scan"),
-        (("preset=evaluate", "model=hgrn2", "task=piqa", "facts=3"), "facts=3 has no effect on lm_task=piqa: nothing is trained"),
+        (("preset=test", "lm_task=piqa"), "symbols=16 has no effect on lm_task=piqa: nothing is trained"),
         (("preset=smoke", "task=piqa"), "piqa"),
         (("preset=evaluate", "model=hgrn2", "task=piqua"), "piqa"),
     ],

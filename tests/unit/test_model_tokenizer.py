@@ -157,4 +157,4 @@ def test_a_tokenizer_that_does_not_go_with_the_model_is_refused_in_one_line(fold
 
 def test_a_model_that_learns_has_no_tokenizer(folder):
     with pytest.raises(ConfigError, match="tokenizer=model is that of a trained model: name its folder, model=DIR"):
-        make_plan([*WORDS, "preset=evaluate", "model=hgrn2"], "cpu")
+        make_plan([*WORDS, "preset=short", "model=hgrn2"], "cpu")

@@ -25,7 +25,6 @@ from hgrn2_bench.protocol import Metric
 from hgrn2_bench.results import Row
 from hgrn2_bench.stopping import InterruptedTrainingError, at_once, in_its_own_time
 from hgrn2_bench.trackers import mirrored
-from hgrn2_bench.trained import Trained
 from hgrn2_bench.trainer import DivergedError, Progress, TrainableTask, Trainer
 
 PROBE_TOKENS = 1024
@@ -246,7 +245,7 @@ def _train_and_measure(
     if (versions(found, cell.settings, cell.model_config.first_layer), found.checkpoint) != (cell.mixer_version, cell.checkpoint):
         raise ConfigError(f"{cell.model_ref} changed after the run was planned; run again")
     if found.trained:
-        facts.details = _told(cell, found.trained)
+        facts.details = {"checkpoint": cell.model_ref, **plain(found.trained.told)}
     model = build(cell)
     facts.description = describe(cell, model)
     facts.runner = runner = runner_class(cell)(cell)
@@ -274,14 +273,6 @@ def _train_and_measure(
         model.load_state_dict(weights)
         metrics += [dataclasses.replace(metric, split=f"{metric.split}_{name}") for metric in runner.report(model)]
     return metrics
-
-
-def _told(cell: Cell, trained: Trained) -> dict[str, Any]:
-    """What a trained model says of itself."""
-    card = trained.card
-    return plain(
-        {"checkpoint": cell.model_ref, "trained_model": card.model, "trained_tokens": trained.tokens, "trained_on": dict(card.tokenizer)}
-    )
 
 
 def _train(

@@ -65,6 +65,11 @@ class Trained:
         return self.card.tokens or None
 
     @property
+    def told(self) -> dict[str, Any]:
+        """What a row says of its training."""
+        return {"trained_model": self.card.model, "trained_tokens": self.tokens, "trained_on": dict(self.card.tokenizer)}
+
+    @property
     def label(self) -> str:
         """A short name: the folder's and the first digits of the hash; for a folder that is just called `model` the mixer's."""
         name = self.name or self.folder.resolve().name

@@ -56,7 +56,7 @@ class DropPath(nn.Module):
 
 
 LARGE = 2**22
-"""Numbers of a tensor from which on a pass over it takes longer than a launch by Triton."""
+"""Numbers of a tensor from which on Triton runs step by step too: an estimate of where a pass takes as long as a launch."""
 WIDEST = 8192
 """The widest rows of which a norm's kernel holds one in the registers of a program."""
 

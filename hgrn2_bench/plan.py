@@ -164,6 +164,7 @@ def make_plan(words: Sequence[str], device: str, files: bool = True) -> Plan:
     check_models(chosen)
     check_trained(parsed, protocol, chosen)
     untrained = [model.name for model in chosen if not model.trained]
+    # planned without files, such cells are for looking at
     if files and untrained and not any(word.name == "model" for word in preset_words):
         raise ConfigError(f"preset={preset_name} is for trained models: write model=DIR; preset=smoke trains {untrained[0]}")
     cells: dict[str, Cell] = {}

@@ -5,8 +5,8 @@ With m and r the row's mean (0 for the root-mean-square norm) and inverse deviat
     y = w h + b        dx = r (g - mean(g) - h mean(g h))        dw = sum over rows of h dy        db = sum over rows of dy
 
 in float32, without the term mean(g) for the root-mean-square norm. A program holds a few rows at a time, few enough for its registers
-(those of fla, which hold 64, compile for half a minute and tune again at every number of tokens). No sum depends on the order in which
-programs run.
+(those of fla hold up to 64 where D is at most 512, spill, take seconds each to compile, and tune again for every further 2,048 tokens). No
+sum depends on the order in which programs run.
 
 Shape letters: M rows, D width, P programs of the backward pass.
 """

@@ -63,16 +63,9 @@ class Runner(BlockTask):
 
     @staticmethod
     def build(cell: Cell) -> LanguageModel:
-        """The model of a cell, on the CPU: untrained, or of a folder. An adaptive softmax knows how frequent each id is.
-
-        ConfigError for an untrained model under a preset that has no recipe to train it by.
-        """
-        found = registry.model(cell.model_ref).trained
-        require(
-            found is not None or cell.preset != "evaluate", "preset=evaluate is for trained models: write model=DIR; other presets train"
-        )
+        """The model of a cell, on the CPU: untrained, or of a folder. An adaptive softmax knows how frequent each id is."""
         corpus = corpus_of(cell)
-        if found:
+        if found := registry.model(cell.model_ref).trained:
             refuse_unlike(found, corpus, cell.data)
             return checkpoints.load(found.folder, cell.backend)
         mixer = registry.load(cell.model_ref)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import importlib
 import json
 import statistics
@@ -211,6 +212,7 @@ def run_cell(
         raise
     if fault:
         folder.write("error.txt", fault)
+        gc.collect()  # an error and the frames that it passed hold each other, and with them loaders and memory
     rows = make_rows(cell, metrics, status, reason, facts)
     free_memory(cell)
     folder.finish(rows)

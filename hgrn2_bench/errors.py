@@ -15,9 +15,18 @@ class DataError(ConfigError):
     """A file of the user's data is missing, damaged or of another kind. Its text is one line that names the file, and the line in it."""
 
 
+ELSEWHERE = "Original Traceback (most recent call last):\n"
+"""Stands before the traceback in the text of an error that torch raises again here: a DataLoader's worker or thread met it."""
+
+
 def one_line(error: object) -> str:
-    """The text of any error as one line."""
-    return " ".join(str(error).split())
+    """The text of any error as one line; of one that a DataLoader's worker met, what it said there, without its traceback."""
+    text = str(error)
+    if ELSEWHERE in text:
+        lines = text.splitlines()
+        last_frame = max(number for number, line in enumerate(lines) if line.startswith((" ", ELSEWHERE.strip())))
+        text = "\n".join(lines[last_frame + 1 :]).partition(": ")[2] or lines[-1]
+    return " ".join(text.split())
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:

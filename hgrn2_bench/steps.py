@@ -165,12 +165,13 @@ def capture(step: Callable[[], Tensor], pool: Any = None) -> tuple[torch.cuda.CU
     """Record one step without running it: its graph, and the tensor in which each replay leaves what the step returns.
 
     With `pool` it takes its memory from that of another graph. NotCapturedError where it cannot be recorded; eager work goes on as before.
+    Other threads may call CUDA meanwhile, as a loader's does that pins its batches; else their calls would fail, and the recording too.
     """
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     stream = torch.cuda.current_stream()
     try:
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             left = step()
     except RuntimeError as error:
         torch.cuda.set_stream(stream)  # a failed capture keeps its own stream, and may keep the generator waiting for its end

@@ -2,7 +2,10 @@
 
 import shutil
 
+import pytest
 from test_cli import TEST, bench, first_on_path, rows_of
+
+from hgrn2_bench.results import find_rows
 
 BAD_MIXERS = '''
 """Mixers that go wrong."""
@@ -55,6 +58,22 @@ def test_failing_cells_are_shown_and_the_others_finish(tmp_path):
     assert rows["NotANumber"].value is None
     assert rows["Good"].effective["decoding"] == "recomputes all tokens"
     assert "Good, NotANumber, Raises, TooLarge) decode by recomputing" in done.stdout
+
+
+def test_damaged_picture_that_another_process_meets_is_named(tmp_path):
+    pytest.importorskip("timm")
+    from imagenet_folders import items, write_folders
+
+    train = items(12, 3)
+    write_folders(tmp_path / "data", {"train": [(train[0][0][:300], 0), *train[1:]], "val": items(6, 3, 12)})
+    words = ("suite=imagenet", "preset=test", "model=hgrn2", "dataset=folder", "data_dir=data", "augment=crop_flip")
+    examples = ("train_examples=0", "validation_examples=0", "test_examples=0")
+    done = bench("run", *words, *examples, "--device", "cpu", "--results", "r", cwd=tmp_path)
+    assert done.returncode == 1
+    (row,), _ = find_rows(tmp_path / "r", "imagenet")
+    assert row.status == "failed"
+    assert row.reason.startswith(f"{tmp_path}/data/train/n01440764/n01440764_0.JPEG: no picture, or cut short (")
+    assert "leaked" not in done.stderr
 
 
 def test_cell_beyond_its_time_limit_is_a_timeout(tmp_path):

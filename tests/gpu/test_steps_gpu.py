@@ -1,6 +1,7 @@
 """Training steps replayed as a CUDA graph against eager ones."""
 
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -101,6 +102,28 @@ def test_a_model_that_waits_for_the_gpu_stays_eager_and_trains_on(dropout):
     after = Training(made, graph=True)  # the next cell of this process
     assert after.take([5e-3] * 6).isfinite().all()
     assert after.steps.mode == "CUDA graph"
+
+
+def test_a_loaders_thread_may_pin_memory_while_a_step_is_captured():
+    made, told = cell(), []
+    task = Runner(made)
+
+    def pin():
+        try:
+            told.append(torch.empty(2**28, dtype=torch.uint8).pin_memory().is_pinned())  # so large that none is kept from before
+        except Exception as error:
+            told.append(error)
+
+    def loss(model, batch):
+        if torch.cuda.is_current_stream_capturing():
+            thread = threading.Thread(target=pin)
+            thread.start()
+            thread.join()
+        return task.loss(model, batch)
+
+    training = Training(made, graph=True, loss=loss)
+    assert training.take([1e-3] * 5).isfinite().all()
+    assert (training.steps.mode, told) == ("CUDA graph", [True])
 
 
 @pytest.mark.parametrize("words", [("embed_dropout=0.5",), ("drop_path=0.5", "num_layers=2")], ids=["dropout", "drop_path"])

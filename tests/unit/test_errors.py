@@ -2,7 +2,7 @@
 
 import pytest
 
-from hgrn2_bench.errors import LISTED, ConfigError, unknown
+from hgrn2_bench.errors import LISTED, ConfigError, one_line, unknown
 
 MANY = [f"setting_{i}" for i in range(LISTED + 1)]
 
@@ -30,3 +30,33 @@ def test_unknown_takes_any_iterable_once():
 
 def test_config_error_is_a_value_error():
     assert issubclass(ConfigError, ValueError)
+
+
+WORKERS = """Caught DataError in DataLoader worker process 0.
+Original Traceback (most recent call last):
+  File "worker.py", line 1, in loop
+    data = fetch(index)
+           ^^^^^^^^^^^^
+OSError: truncated
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+  File "pictures.py", line 2, in image
+    raise DataError(told) from None
+hgrn2_bench.errors.DataError: train/3.jpg: no picture,
+or cut short
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("two\n  lines"), "two lines"),
+        (ConfigError(WORKERS), "train/3.jpg: no picture, or cut short"),
+        (RuntimeError("Caught Empty in thread.\nOriginal Traceback (most recent call last):\n  File\nEmpty\n"), "Empty"),
+    ],
+    ids=["plain", "of a worker", "without text"],
+)
+def test_one_line_is_what_was_said_where_it_went_wrong(error, expected):
+    assert one_line(error) == expected

@@ -55,8 +55,8 @@ class DropPath(nn.Module):
         return x * (kept_B / (1 - self.dropout)).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 
 
-LARGE = 2**22
-"""Numbers of a tensor from which on Triton runs step by step too: an estimate of where a pass takes as long as a launch."""
+LARGE = 2**23
+"""Numbers of a tensor from which on Triton runs step by step too: on an H100 torch's pass takes as long there as a launch of Triton's."""
 WIDEST = 8192
 """The widest rows of which a norm's kernel holds one in the registers of a program."""
 
@@ -67,6 +67,8 @@ class FollowsBackend:
     backend: str = "chunked"
     replayed: bool = False
     """Whether training replays it in a CUDA graph, where a kernel costs no launch; `Steps` sets it."""
+    one_for_many: bool = False
+    """Whether the kernel stands for so many of torch's that it is launched sooner."""
 
     def on_triton(self, x: Tensor) -> bool:
         """Whether a kernel in Triton takes this input."""
@@ -77,7 +79,7 @@ class FollowsBackend:
 
         What torch compiles it fuses itself.
         """
-        faster = x.numel() >= LARGE or (self.replayed and torch.is_grad_enabled())
+        faster = self.one_for_many or x.numel() >= LARGE or (self.replayed and torch.is_grad_enabled())
         return faster and self.on_triton(x) and x.dtype != torch.float64 and not torch.compiler.is_compiling()
 
 
@@ -221,11 +223,13 @@ def forget_gate(logit_BTD: Tensor, bound_D: Tensor | None) -> tuple[Tensor, Tens
 class ForgetGate(FollowsBackend, nn.Module):
     """The forget gate of HGRN and HGRN2 with the bound that the model shares: logit (B, T, D) to (log f, 1 - f).
 
-    In Triton, where that is faster, it is one kernel each way, in float32.
+    In Triton it is one kernel each way, in float32.
 
     `forget_bias` belongs into the bias of the projection that makes the logit. Where that has none, or a convolution follows it (which
     would multiply the bias by the sum of its weights), the gate gets a learned bias of its own, unless `forget_bias` is 0.
     """
+
+    one_for_many = True
 
     def __init__(self, spec: MixerSpec, projection_bias: bool) -> None:
         super().__init__()

@@ -14,8 +14,8 @@ def shifted(pixels_BHWC: Tensor, rng: np.random.Generator) -> Tensor:
     """A random crop of each image after mirroring MARGIN pixels at each side, then a flip of every second one by chance."""
     B, H, W, _ = pixels_BHWC.shape
     device = pixels_BHWC.device
-    top_B, left_B = torch.from_numpy(rng.integers(2 * MARGIN + 1, size=(2, B))).to(device)
-    flip_B = torch.from_numpy(rng.random(B) < 0.5).to(device)
+    top_B, left_B = torch.from_numpy(rng.integers(2 * MARGIN + 1, size=(2, B))).to(device, non_blocking=True)
+    flip_B = torch.from_numpy(rng.random(B) < 0.5).to(device, non_blocking=True)
     y_BH = _mirrored(top_B[:, None] + torch.arange(H, device=device) - MARGIN, H)
     x_BW = _mirrored(left_B[:, None] + torch.arange(W, device=device) - MARGIN, W)
     x_BW = torch.where(flip_B[:, None], x_BW.flip(1), x_BW)

@@ -100,10 +100,14 @@ def draw_erased(config: TaskConfig, rng: np.random.Generator) -> Box | None:
 
 
 def erase(images_BCHW: Tensor, config: TaskConfig, seeds: Sequence[Sequence[int]]) -> None:
-    """Put standard normal noise into the boxes of normalised pictures, in place; each follows from the seed of its picture."""
+    """Put standard normal noise into the boxes of normalised pictures, in place; each follows from the seed of its picture.
+
+    The noise is drawn where the pictures are, other numbers on a GPU than on a CPU: it is nothing that a host must wait to hand over.
+    """
+    noise = torch.Generator(images_BCHW.device)
     for image_CHW, seed in zip(images_BCHW, seeds, strict=True):
         rng = np.random.default_rng(seed)
         box = draw_erased(config, rng)
         if box is not None:
-            area_CHW = image_CHW[:, box.top : box.bottom, box.left : box.right]
-            area_CHW.copy_(torch.from_numpy(rng.standard_normal(area_CHW.shape, np.float32)))
+            noise.manual_seed(int(rng.integers(2**63)))
+            image_CHW[:, box.top : box.bottom, box.left : box.right].normal_(generator=noise)

@@ -62,6 +62,10 @@ class Runner:
         self.held = {name: self._held(split) for name, split in self.pictures.splits.items() if split.pixels_NHWC is not None}
         self.on_device = bool(self.held) and self.config.augment in ("none", "shift_flip")
         self.labels = {name: torch.from_numpy(split.labels_N).to(self.device) for name, split in self.pictures.splits.items()}
+        normal = torch.tensor(NORMAL.get(self.config.dataset, IMAGENET_NORMAL), device=self.device)
+        self.mean_C11, self.sd_C11 = normal[..., None, None]
+        self.taken: torch.cuda.Event | None = None
+        """When the device had the last batch from the host."""
         if not self.on_device:
             transform = training_transform if self.config.augment != "none" else evaluation_transform
             self.ahead = Ahead(Feed(train, transform(self.config)), self.order.wanted, self.device)
@@ -96,31 +100,45 @@ class Runner:
         rows_B = self.order.rows(step)
         own = self.order.own(len(rows_B))
         images_BCHW = self._images(step, rows_B, own)
-        labels_B = self.labels["train"][torch.from_numpy(rows_B).to(self.device)]
+        labels_B = self.labels["train"][self._there(rows_B)]
         if not self.config.mixes:
             return images_BCHW, labels_B
         mixes = draw_mixes(self.config, len(rows_B), np.random.default_rng([self.seed, MIX, step]))
         images_BCHW = mixed(images_BCHW, mixes, own.start, self.config.mix_group)
         others_B = labels_B[neighbours(len(labels_B), labels_B.device)]
-        return images_BCHW, labels_B, others_B, shares(mixes, len(labels_B), self.config.mix_group).to(self.device)
+        return images_BCHW, labels_B, others_B, shares(mixes, len(labels_B), self.config.mix_group).to(self.device, non_blocking=True)
+
+    def _there(self, rows_B: np.ndarray) -> Tensor:
+        """Numbers of pictures on the device, for which the host does not wait until earlier steps are done."""
+        return torch.from_numpy(rows_B).to(self.device, non_blocking=True)
 
     def _images(self, step: int, rows_B: np.ndarray, own: slice) -> Tensor:
         """The normalised pictures at some places of a batch."""
         if not self.on_device:
-            images_BCHW = self._normal(self.ahead.batch(step))
+            images_BCHW = self._normal(self._ahead(step))
             if self.config.augment == "timm" and self.config.erasing:
                 erase(images_BCHW, self.config, [(self.seed, ERASE, step, i) for i in range(own.start, own.stop)])
             return images_BCHW
         whole = self.config.augment == "shift_flip"  # drawn for the whole batch, so that each process draws the same
-        pixels_BHWC = self.held["train"][torch.from_numpy(rows_B if whole else rows_B[own]).to(self.device)]
+        pixels_BHWC = self.held["train"][self._there(rows_B if whole else rows_B[own])]
         if whole:
             pixels_BHWC = shifted(pixels_BHWC, np.random.default_rng([self.seed, ALTER, step]))[own]
         return self._normal(pixels_BHWC.permute(0, 3, 1, 2))
 
+    def _ahead(self, step: int) -> Tensor:
+        """The pictures of a step as bytes, for the device to copy: once it has the last ones, so that few wait in pinned memory."""
+        if self.taken is not None:
+            self.taken.synchronize()
+        bytes_BCHW = self.ahead.batch(step)
+        if self.device != "cuda":
+            return bytes_BCHW
+        bytes_BCHW, self.taken = bytes_BCHW.to(self.device, non_blocking=True), torch.cuda.Event(blocking=True)
+        self.taken.record()
+        return bytes_BCHW
+
     def _normal(self, bytes_BCHW: Tensor) -> Tensor:
         """Numbers as a model takes them, on the device."""
-        mean, sd = (torch.tensor(each, device=self.device)[:, None, None] for each in NORMAL.get(self.config.dataset, IMAGENET_NORMAL))
-        images_BCHW: Tensor = (bytes_BCHW.to(self.device, non_blocking=True).float() / 255 - mean) / sd
+        images_BCHW: Tensor = (bytes_BCHW.to(self.device, non_blocking=True).float() / 255 - self.mean_C11) / self.sd_C11
         return images_BCHW.contiguous()
 
     def tokens(self, batch: Batch) -> int:
@@ -170,7 +188,7 @@ class Runner:
         for rows_B, images_BCHW in self._scored(split):
             logits_BK = model.logits(images_BCHW).float()
             ranked_BK = logits_BK.topk(min(TOP, classes)).indices
-            hit_BK = ranked_BK == self.labels[split][torch.from_numpy(rows_B).to(self.device)][:, None]
+            hit_BK = ranked_BK == self.labels[split][self._there(rows_B)][:, None]
             counts[:3] += torch.stack([hit_BK[:, 0].sum(), hit_BK.any(1).sum(), torch.isfinite(logits_BK).all(1).sum()])
             if real is not None:
                 given = zip(rows_B.tolist(), ranked_BK[:, 0].tolist(), strict=True)
@@ -190,7 +208,7 @@ class Runner:
         batches = [rows_N[i : i + self.eval_batch_size] for i in range(0, len(rows_N), self.eval_batch_size)]
         if self.held:
             for rows_B in batches:
-                pixels_BHWC = self.held[split][torch.from_numpy(rows_B).to(self.device)]
+                pixels_BHWC = self.held[split][self._there(rows_B)]
                 yield rows_B, self._normal(pixels_BHWC.permute(0, 3, 1, 2))
             return
         feed = Feed(self.pictures.splits[split], evaluation_transform(self.config))

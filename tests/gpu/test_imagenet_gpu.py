@@ -1,6 +1,7 @@
 """Image models on the GPU: a captured training step beside the eager one, and 2-D scans whose heads fill no launch."""
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +59,26 @@ def test_a_captured_step_is_the_eager_one(model: str, scan: str) -> None:
     for got, want in zip(captured[:2], eager[:2], strict=True):
         torch.testing.assert_close(got[:2], want[:2], rtol=1e-3, atol=1e-5)  # of equal weights
         torch.testing.assert_close(got[2], want[2], rtol=2e-2, atol=1e-5)  # after an update, in which AdamW divides by small gradients
+
+
+@pytest.mark.parametrize("augment", ["timm", "shift_flip"])
+def test_the_host_makes_a_batch_without_waiting_for_the_step_before(augment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    from imagenet_folders import items, write_folders
+
+    write_folders(tmp_path, {"train": items(96, 3), "val": items(6, 3, 96)})
+    monkeypatch.setenv("HGRN2_BENCH_DATA", str(tmp_path))
+    encoded = ("dataset=folder", "mixup=0.8", "cutmix=1.0", "mix_group=2", "train_examples=0", "validation_examples=0", "test_examples=0")
+    words = (*(encoded if augment == "timm" else ()), "image_size=32", "patch=4", "batch_size=32", f"augment={augment}")
+    (made,) = make_plan(("suite=imagenet", "preset=test", "model=attention", *words), DEVICE).cells
+    task = Runner(made)
+    task.batch(0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        images, *_ = task.batch(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert images.isfinite().all()
 
 
 def parted(expand_ratio: int, side: int = 32, D: int = 192) -> VisionModel:

@@ -218,6 +218,10 @@ def test_erasing_takes_a_quarter_of_the_pictures_and_leaves_the_others():
     assert (gone > 0).float().mean().item() == pytest.approx(0.25, abs=0.06)
     assert gone[gone > 0].min() > 0.015
     assert gone.max() < 0.36
+    noise = images[images != 9]
+    assert noise.mean().item() == pytest.approx(0, abs=0.01)
+    assert noise.std().item() == pytest.approx(1, abs=0.01)
+    assert len(noise.unique()) > 0.9 * len(noise)  # no two pictures are given the same
     again = torch.full((1, 3, 56, 56), 9.0)
     place = int(gone.argmax())
     mixing.erase(again, config, [(0, 4, 0, place)])

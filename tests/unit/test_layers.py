@@ -241,7 +241,7 @@ def test_a_forget_gate_gives_its_kernel_the_bound_of_its_layer_and_the_type_of_t
     monkeypatch.setattr(gate_module, "forget_gate", kernel)
     monkeypatch.setattr(FollowsBackend, "on_triton", lambda self, x: self.backend == "fla")
     gate = ForgetGate(MixerSpec(6, layer=1), projection_bias=True)
-    gate.backend, gate.replayed = "fla", True
+    gate.backend = "fla"
     bound_LD = torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.2, 0.3]])
     ctx = Context(shared={"lower_bound": bound_LD} if bounded else {})
     gate(torch.randn(1, 2, 6), ctx, torch.bfloat16)

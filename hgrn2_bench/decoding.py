@@ -15,6 +15,7 @@ from torch import Tensor
 from hgrn2_bench import measure
 from hgrn2_bench.errors import ConfigError
 from hgrn2_bench.interfaces import Context, Mixer, MixerState
+from hgrn2_bench.layers import for_a_graph
 from hgrn2_bench.model import Block, SequenceModel
 from hgrn2_bench.ops import cache
 from hgrn2_bench.steps import EAGER_STEPS, NotCapturedError, capture
@@ -141,7 +142,7 @@ class Decoder:
     def _eager(self) -> Tensor:
         """One step from the buffers into the buffers; logits (B, V)."""
         table_PD, carry, tables = self.model.position_table(), dict[str, Tensor](), dict[str, Tensor]()
-        with self._autocast():
+        with self._autocast(), for_a_graph(self.capturing):
             x_BD = self.model.embedded(self.tokens_B)
             if table_PD is not None:
                 x_BD = x_BD + table_PD.index_select(0, self.position)

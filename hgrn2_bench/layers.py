@@ -3,7 +3,8 @@
 Shape letters: B batch, T time, D channels, W convolution width.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -61,12 +62,27 @@ WIDEST = 8192
 """The widest rows of which a norm's kernel holds one in the registers of a program."""
 
 
+_for_a_graph = False
+
+
+@contextlib.contextmanager
+def for_a_graph(on: bool = True) -> Iterator[None]:
+    """Within, layers choose their kernels as for a CUDA graph, where none costs a launch: in its recording, and in the steps before it.
+
+    In the whole process: threads of autograd compute layers again whose activations were not kept.
+    """
+    global _for_a_graph
+    before, _for_a_graph = _for_a_graph, on
+    try:
+        yield
+    finally:
+        _for_a_graph = before
+
+
 class FollowsBackend:
     """A layer with a Triton kernel beside torch's own; the model sets its `backend` to that of the mixers."""
 
     backend: str = "chunked"
-    replayed: bool = False
-    """Whether training replays it in a CUDA graph, where a kernel costs no launch; `Steps` sets it."""
     one_for_many: bool = False
     """Whether the kernel stands for so many of torch's that it is launched sooner."""
 
@@ -75,12 +91,14 @@ class FollowsBackend:
         return self.backend == "fla" and x.is_cuda
 
     def in_triton(self, x: Tensor) -> bool:
-        """Whether Triton's fewer passes are faster: in a training step's CUDA graph, and on large inputs; else torch launches sooner.
+        """Whether Triton's fewer passes are faster: in a CUDA graph, and on large inputs; else torch launches sooner.
 
         What torch compiles it fuses itself.
         """
-        faster = self.one_for_many or x.numel() >= LARGE or (self.replayed and torch.is_grad_enabled())
-        return faster and self.on_triton(x) and x.dtype != torch.float64 and not torch.compiler.is_compiling()
+        if torch.compiler.is_compiling():
+            return False
+        faster = self.one_for_many or _for_a_graph or x.numel() >= LARGE
+        return faster and self.on_triton(x) and x.dtype != torch.float64
 
 
 def norm_in_triton(norm: "LayerNorm | RMSNorm", x: Tensor) -> Tensor | None:

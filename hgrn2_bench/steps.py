@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hgrn2_bench.errors import one_line
-from hgrn2_bench.layers import FollowsBackend
+from hgrn2_bench.layers import for_a_graph
 
 Batch = tuple[Tensor, ...]
 Shapes = tuple[torch.Size, ...]
@@ -53,10 +53,8 @@ class Steps:
         graph: bool,
     ) -> None:
         self.model, self.optimizer, self.batch_loss = model, optimizer, batch_loss
-        self.autocast, self.clip, self.capturing = autocast, clip, graph
-        for module in model.modules():
-            if isinstance(module, FollowsBackend):
-                module.replayed = graph
+        self.autocast, self.clip = autocast, clip
+        self.graph = self.capturing = graph
         self.mode = "eager"
         self.norm: Tensor | None = None
         """Of the last step's gradient, before it was clipped; None after an eager step without clipping, which did not need it."""
@@ -111,7 +109,8 @@ class Steps:
 
     def _eager(self, batch: Batch, capturing: bool = False) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.gradient(batch)
+        with for_a_graph(self.graph):
+            loss = self.gradient(batch)
         self.norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.clip) if self.clip else self._norm() if capturing else None
         self.optimizer.step()
         return loss
@@ -144,10 +143,11 @@ def _shapes(batch: Batch) -> Shapes:
 
 def replayed(call: Callable[[], Tensor]) -> tuple[Callable[[], object], str]:
     """A call on fixed inputs as the replay of its CUDA graph, after its first eager runs; itself where it cannot be recorded. And which."""
-    for _ in range(EAGER_STEPS):
-        call()
     try:
-        graph, left = capture(call)
+        with for_a_graph():
+            for _ in range(EAGER_STEPS):
+                call()
+            graph, left = capture(call)
     except NotCapturedError as error:
         return call, f"eager; cannot be captured in a CUDA graph: {error}"
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hgrn2_bench.interfaces import Context
-from hgrn2_bench.layers import FollowsBackend, LayerNorm, RMSNorm, ShortConv, forget_gate
+from hgrn2_bench.layers import FollowsBackend, LayerNorm, RMSNorm, ShortConv, for_a_graph, forget_gate
 from hgrn2_bench.ops import families
 from hgrn2_bench.ops import fla as adapter
 from hgrn2_bench.ops.autotune import autotuners
@@ -259,8 +259,9 @@ def layer_errors(
     past_BPD = torch.randn(2, layer.width - 1 if start else 0, D).to(device, dtype)
     want = layer_results(copy.deepcopy(layer).to(device).double(), wide(x_BTE), wide(past_BPD), parts)
     layer = layer.to(device)
-    layer.backend, layer.replayed = "fla", True
-    got = layer_results(layer, x_BTE, past_BPD, parts)
+    layer.backend = "fla"
+    with for_a_graph():
+        got = layer_results(layer, x_BTE, past_BPD, parts)
     return {key: ((wide(got[key]) - tensor).norm() / tensor.norm()).item() for key, tensor in want.items()}
 
 

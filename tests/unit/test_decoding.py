@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hgrn2_bench import decoding, measure, registry
+from hgrn2_bench import decoding, layers, measure, registry
 from hgrn2_bench.config import ModelConfig
 from hgrn2_bench.decoding import Decoder
 from hgrn2_bench.errors import ConfigError
@@ -260,6 +260,15 @@ def test_a_step_is_captured_once_and_replayed_also_after_another_prompt(monkeypa
     assert decoder.mode == "CUDA graph"
     assert torch.equal(decode(decoder, tokens(seed=3), 4), decode(eager, tokens(seed=3), 4))
     assert [graph.replays for graph in graphs] == [T - 9 - EAGER_STEPS + T - 4]
+
+
+def test_layers_hear_whether_a_step_is_for_a_graph(monkeypatch):
+    heard, model = [], build()
+    model.norm.register_forward_hook(lambda *_: heard.append(layers._for_a_graph))
+    monkeypatch.setattr(decoding, "capture", lambda step: (Replay(step, torch.zeros(B, VOCAB)), step()))
+    decode(capturing(Decoder(model, B, T, graph=False)), tokens(), 9)
+    decode(Decoder(model, B, T, graph=False), tokens(), 9)
+    assert heard == [False] + [True] * (T - 9 + 1) + [False] * (1 + T - 9)  # a prompt, its steps and their recording; the same eager
 
 
 def test_a_step_that_cannot_be_captured_stays_eager_and_says_why(monkeypatch):

@@ -16,6 +16,7 @@ from hgrn2_bench.layers import (
     ShortConv,
     conv_buffers,
     conv_names,
+    for_a_graph,
     forget_gate,
     l2_norm,
     token_shift,
@@ -176,23 +177,18 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype]]:
     return found
 
 
-def test_norms_run_in_triton_in_a_captured_training_step_and_on_large_inputs(
-    asked: list[tuple[str, torch.dtype]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_norms_run_in_triton_for_a_graph_and_on_large_inputs(asked: list[tuple[str, torch.dtype]], monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 3, 8).bfloat16()
     for layer, kernel in ((LayerNorm(8).bfloat16(), "layer_norm"), (RMSNorm(8, eps=1e-5).bfloat16(), "rms_norm")):
         layer(x)
-        layer.backend = "fla"
-        layer(x)
-        layer.replayed = True
-        with torch.no_grad():
+        with for_a_graph():
             layer(x)
-        layer.backend = "chunked"
-        layer(x)
-        copy.deepcopy(layer).double()(x.double())
         layer.backend = "fla"
-        assert asked == []
         layer(x)
+        with for_a_graph():
+            copy.deepcopy(layer).double()(x.double())
+            assert asked == []
+            layer(x)
         with torch.no_grad(), monkeypatch.context() as small:
             small.setattr(layers, "LARGE", x.numel())
             layer(x)
@@ -202,15 +198,16 @@ def test_norms_run_in_triton_in_a_captured_training_step_and_on_large_inputs(
         assert asked == [(kernel, torch.bfloat16)] * 2
         asked.clear()
     without = RMSNorm(8)  # torch chooses eps by the dtype
-    without.backend, without.replayed = "fla", True
-    without(x.float())
+    without.backend = "fla"
+    with for_a_graph():
+        without(x.float())
     assert asked == []
 
 
 @pytest.mark.parametrize("layer", [LayerNorm(8), RMSNorm(8, eps=1e-5)], ids=["layer", "rms"])
 def test_a_norm_in_triton_is_in_float32_under_autocast(asked: list[tuple[str, torch.dtype]], layer: torch.nn.Module) -> None:
-    layer.backend, layer.replayed = "fla", True
-    with torch.autocast("cpu", torch.bfloat16):
+    layer.backend = "fla"
+    with torch.autocast("cpu", torch.bfloat16), for_a_graph():
         layer(torch.randn(2, 3, 8).bfloat16())
     assert [dtype for _, dtype in asked] == [torch.float32]
 
@@ -218,13 +215,14 @@ def test_a_norm_in_triton_is_in_float32_under_autocast(asked: list[tuple[str, to
 def test_norms_that_no_kernel_holds_are_torch_s(asked: list[tuple[str, torch.dtype]], monkeypatch: pytest.MonkeyPatch) -> None:
     over_two, wide, narrow = LayerNorm((3, 8)), LayerNorm(8), RMSNorm(4, eps=1e-5)
     for layer in (over_two, wide, narrow):
-        layer.backend, layer.replayed = "fla", True
+        layer.backend = "fla"
     x = torch.randn(2, 3, 8)
-    torch.testing.assert_close(over_two(x), torch.nn.functional.layer_norm(x, (3, 8)))
-    with pytest.raises(RuntimeError, match="normalized_shape"):
-        narrow(x)
     monkeypatch.setattr(layers, "WIDEST", 7)
-    wide(x)
+    with for_a_graph():
+        torch.testing.assert_close(over_two(x), torch.nn.functional.layer_norm(x, (3, 8)))
+        with pytest.raises(RuntimeError, match="normalized_shape"):
+            narrow(x)
+        wide(x)
     assert asked == []
 
 
@@ -273,20 +271,20 @@ def test_a_convolution_gives_fla_s_kernel_what_it_holds_and_takes_it_off_again(a
     assert asked == [("causal_conv", torch.float32)] * 3
 
 
-def test_a_gated_unit_takes_fla_s_kernel_in_a_captured_training_step_and_on_large_inputs(
+def test_a_gated_unit_takes_fla_s_kernel_for_a_graph_and_on_large_inputs(
     asked: list[tuple[str, torch.dtype]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(2, 3, 8)
     for activation, expected in (("none", []), ("silu", [("swiglu", torch.float32)])):
         unit = GLU(8, 12, activation=activation)
         plain = unit(x)
+        with for_a_graph():
+            unit(x)
         unit.backend = "fla"
         assert torch.equal(unit(x), plain)
-        unit.replayed = True
-        with torch.no_grad():
-            unit(x)
         assert asked == []
-        unit(x)
+        with for_a_graph():
+            unit(x)
         with torch.no_grad(), monkeypatch.context() as small:
             small.setattr(layers, "LARGE", 2 * 3 * 12)
             unit(x)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from hgrn2_bench import layers
 from hgrn2_bench import steps as steps_module
 from hgrn2_bench.config import TrainConfig
-from hgrn2_bench.layers import LayerNorm
 from hgrn2_bench.steps import EAGER_STEPS, NotCapturedError, Steps, replayed
 from hgrn2_bench.trainer import make_optimizer
 
@@ -53,10 +53,19 @@ def test_the_loss_is_that_before_the_step_as_a_tensor_without_a_graph():
 
 
 @pytest.mark.parametrize("graph", [False, True])
-def test_layers_with_a_triton_kernel_hear_whether_steps_are_replayed(graph):
-    model = nn.Sequential(net(), LayerNorm(1))
-    steps(model, graph=graph)
-    assert model[1].replayed is graph
+def test_layers_hear_whether_the_steps_are_for_a_graph(graph, monkeypatch):
+    heard = []
+
+    def loss(model, batch):
+        heard.append(layers._for_a_graph)
+        return squares(model, batch)
+
+    monkeypatch.setattr(Steps, "_capture", lambda self, batch, shapes: None)
+    take = steps(net(), graph=graph, loss=loss)
+    for _ in range(EAGER_STEPS + 1):
+        take(batch(), 0.1)
+    assert heard == [graph] * (EAGER_STEPS + 1)
+    assert not layers._for_a_graph
 
 
 def test_gradients_do_not_add_up_over_steps():
@@ -164,8 +173,8 @@ def test_more_shapes_than_can_be_held_leave_the_rest_eager(monkeypatch):
 class Refusing(contextlib.AbstractContextManager):
     """`torch.cuda.graph` around a model that waits: its end fails as well, with words that do not say why."""
 
-    def __init__(self, graph, pool):
-        pass
+    def __init__(self, graph, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local"
 
     def __exit__(self, *_):
         raise RuntimeError("operation failed due to a previous error during capture")
@@ -222,7 +231,8 @@ def test_a_call_is_replayed_where_it_can_be_recorded(recorded, monkeypatch):
         return SimpleNamespace(replay=lambda: replays.append(1)), call()
 
     monkeypatch.setattr(steps_module, "capture", capture)
-    call, mode = replayed(lambda: calls.append(1))
+    call, mode = replayed(lambda: calls.append(layers._for_a_graph))
+    assert all(calls)
     assert len(calls) == EAGER_STEPS + recorded
     call()
     assert (len(calls), len(replays)) == (EAGER_STEPS + 1, int(recorded))

@@ -67,12 +67,12 @@ _for_a_graph = False
 
 @contextlib.contextmanager
 def for_a_graph(on: bool = True) -> Iterator[None]:
-    """Within, layers choose their kernels as for a CUDA graph, where none costs a launch: in its recording, and in the steps before it.
+    """With `on` layers within choose their kernels as for a CUDA graph, where none costs a launch: in its recording, and in the steps before.
 
     In the whole process: threads of autograd compute layers again whose activations were not kept.
     """
     global _for_a_graph
-    before, _for_a_graph = _for_a_graph, on
+    before, _for_a_graph = _for_a_graph, _for_a_graph or on
     try:
         yield
     finally:

@@ -67,7 +67,7 @@ _for_a_graph = False
 
 @contextlib.contextmanager
 def for_a_graph(on: bool = True) -> Iterator[None]:
-    """With `on` layers within choose their kernels as for a CUDA graph, where none costs a launch: in its recording, and in the steps before.
+    """With `on` layers within choose their kernels as for a CUDA graph, where none costs a launch: in its recording, and steps before it.
 
     In the whole process: threads of autograd compute layers again whose activations were not kept.
     """

@@ -105,7 +105,7 @@ class Pictures:
 
     @functools.cached_property
     def hash(self) -> str:
-        """16 hex digits over classes, and each picture's label and pixels; of encoded ones over name and size in place of pixels."""
+        """16 hex digits over classes, and each picture's label and pixels; of encoded ones over the name in place of pixels."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for name in sorted(self.splits):
             split = self.splits[name]
@@ -199,7 +199,7 @@ def _without_damaged(split: PictureSplit, place: Place) -> PictureSplit:
         return split
     digest = hashlib.sha256()
     split.stored.update(digest)
-    key = {"files": fingerprint_of_place(place), "pictures": digest.hexdigest()}
+    key = {"files": fingerprint_of_place(place), "folder": split.stored.folder.name, "pictures": digest.hexdigest()}
     folder = folder_of(cache_folder("imagenet"), "damaged", key)
     path = folder / "damaged.json"
     with locked(folder):

@@ -187,6 +187,20 @@ def test_a_damaged_picture_is_an_error_that_names_it_or_a_counted_skip(data, lay
     assert read(policy="skip").hash != read().hash
 
 
+def test_pictures_of_one_name_in_two_splits_are_told_apart(data):
+    for split in ("train", "val"):
+        (data / split / "a").mkdir(parents=True)
+        for i in range(4):
+            content = made.encoded(i)
+            (data / split / "a" / f"{i}.jpg").write_bytes(content[:300] if (split, i) == ("val", 2) else content)
+    splits = read(policy="skip", validation="test").splits
+    assert {name: split.skipped for name, split in splits.items()} == {
+        "train": {},
+        "validation": {"damaged file": 1},
+        "test": {"damaged file": 1},
+    }
+
+
 def test_a_repaired_picture_is_back(data):
     made.write_folders(data, BOTH)
     path = data / "train" / made.WNIDS[0] / f"{made.WNIDS[0]}_0.JPEG"

@@ -1,6 +1,7 @@
 """The exceptions that mean the user's words or files are wrong: printed as one line, exit code 2."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 LISTED = 20
@@ -15,17 +16,15 @@ class DataError(ConfigError):
     """A file of the user's data is missing, damaged or of another kind. Its text is one line that names the file, and the line in it."""
 
 
-ELSEWHERE = "Original Traceback (most recent call last):\n"
-"""Stands before the traceback in the text of an error that torch raises again here: a DataLoader's worker or thread met it."""
+TRACEBACK = "Traceback (most recent call last):\n"
 
 
 def one_line(error: object) -> str:
-    """The text of any error as one line; of one that a DataLoader's worker met, what it said there, without its traceback."""
+    """The text of any error as one line; of one that torch raises again for a loader's worker or thread, what it said there, no frames."""
     text = str(error)
-    if ELSEWHERE in text:
-        lines = text.splitlines()
-        last_frame = max(number for number, line in enumerate(lines) if line.startswith((" ", ELSEWHERE.strip())))
-        text = "\n".join(lines[last_frame + 1 :]).partition(": ")[2] or lines[-1]
+    if TRACEBACK in text:
+        said = re.sub(r"\A( .*\n)*", "", text.rpartition(TRACEBACK)[2])
+        text = said.partition(": ")[2] or said
     return " ".join(text.split())
 
 

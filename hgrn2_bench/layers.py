@@ -91,9 +91,9 @@ class FollowsBackend:
         return self.backend == "fla" and x.is_cuda
 
     def in_triton(self, x: Tensor) -> bool:
-        """Whether Triton's fewer passes are faster: in a CUDA graph, and on large inputs; else torch launches sooner.
+        """Whether Triton's fewer passes are faster: in a CUDA graph, on large inputs, and where one stands for many.
 
-        What torch compiles it fuses itself.
+        Else torch launches sooner; what torch compiles it fuses itself.
         """
         if torch.compiler.is_compiling():
             return False

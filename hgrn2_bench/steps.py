@@ -1,7 +1,7 @@
 """One optimiser step: forward, backward, clip, update; eager, or on a GPU as one CUDA graph.
 
 Small models leave a big GPU waiting for launches: a step of an MQAR model is a few hundred kernels of microseconds each. Captured once
-and replayed, it is one launch. The kernels and their order are those of the eager step.
+and replayed, it is one launch. The kernels and their order are those of the eager steps before it.
 """
 
 from collections import Counter
@@ -54,7 +54,7 @@ class Steps:
     ) -> None:
         self.model, self.optimizer, self.batch_loss = model, optimizer, batch_loss
         self.autocast, self.clip = autocast, clip
-        self.graph = self.capturing = graph
+        self.graph = self.capturing = graph  # kernels go by the first, whatever comes of a capture: a resumed run takes the same ones
         self.mode = "eager"
         self.norm: Tensor | None = None
         """Of the last step's gradient, before it was clipped; None after an eager step without clipping, which did not need it."""

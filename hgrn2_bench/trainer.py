@@ -2,7 +2,7 @@
 
 Everything random in a step is a function of (seed, step): the runner gives batch number `step`, and torch's generators are part of
 the checkpoint. So a run that was killed and continued has the same curve and the same weights as one that was not. Losses stay on the
-device until they are logged, so that the host never waits for a step.
+device until they are logged, so that the host need not wait for a step.
 
 Several processes (see `hgrn2_bench.distributed`) take the same steps together; what depends on the clock or on the user rank 0 decides.
 """

@@ -45,7 +45,7 @@ Traceback (most recent call last):
   File "pictures.py", line 2, in image
     raise DataError(told) from None
 hgrn2_bench.errors.DataError: train/3.jpg: no picture,
-or cut short
+  or cut short
 """
 
 

@@ -149,10 +149,13 @@ def fingerprint(named: Iterable[tuple[str, Path]]) -> str:
 
 
 def _sample(file: Path) -> bytes:
-    """Size, first and last bytes."""
-    with file.open("rb") as opened:
-        size = opened.seek(0, os.SEEK_END)
-        opened.seek(0)
-        first = opened.read(SAMPLE)
-        opened.seek(max(0, size - SAMPLE))
-        return b"%d " % size + first + opened.read(SAMPLE)
+    """Size, first and last bytes. DataError for a file that cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            size = opened.seek(0, os.SEEK_END)
+            opened.seek(0)
+            first = opened.read(SAMPLE)
+            opened.seek(max(0, size - SAMPLE))
+            return b"%d " % size + first + opened.read(SAMPLE)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None

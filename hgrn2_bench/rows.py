@@ -40,6 +40,18 @@ def shards(files: Sequence[Path], words: Mapping[str, str], endings: Sequence[st
     yield from sets.values()
 
 
+def check_whole(there: Mapping[str, Sequence[Path]]) -> None:
+    """DataError where the names of a split's files number them (`-00000-of-00002`), and some are missing."""
+    for paths in there.values():
+        numbers: dict[tuple[str, str, int], set[int]] = {}
+        for path in paths:
+            if match := re.fullmatch(r"(.*-)(\d+)-of-(\d+)(.*)", path.name):
+                numbers.setdefault((match[1], match[4], int(match[3])), set()).add(int(match[2]))
+        for (before, after, count), found in numbers.items():
+            if len(found) < count:
+                raise DataError(f"{paths[0].parent}: {len(found)} of {count} files {before}*{after} are there: copy the others too")
+
+
 def parquet_footer(path: Path) -> bytes:
     """The footer of a parquet file, read without pyarrow. DataError where there is none."""
     with path.open("rb") as file:

@@ -6,6 +6,7 @@ What cells print goes to standard error, so that a table can be piped.
 """
 
 import contextlib
+import gc
 import os
 import queue
 import signal
@@ -20,6 +21,8 @@ from typing import Any
 from hgrn2_bench.stopping import SIGNAL, InterruptedTrainingError
 
 REPORT_EVERY_S = 0.3
+FEEDER, FEEDER_S = "QueueFeederThread", 1.0
+"""Threads of `multiprocessing.Queue`, which end soon after it is closed; how long each is waited for."""
 
 
 class _Inbox:
@@ -160,6 +163,7 @@ def _run(cell: Any, key: str, how: tuple[Any, ...], pipe: Connection, stopping: 
                 folder.start_over()
             if force or rows is None:
                 rows = engine.run_cell(cell, folder, report, stopping.is_set, workers, track)
+        _settled()
         pipe.send(("done", key, rows))
         if rows[0].status != "ok" and _device_is_broken(cell):
             os._exit(1)  # a CUDA error that stays would fail every later cell of this process
@@ -171,7 +175,16 @@ def _run(cell: Any, key: str, how: tuple[Any, ...], pipe: Connection, stopping: 
         reason = f"cannot write cell {key}: {error.strerror or error}"
         pipe.send(("done", key, engine.make_rows(cell, [], "failed", reason, engine.Facts())))
     if interrupted:
+        gc.collect()
+        _settled()
         pipe.send(("interrupted", key))
+
+
+def _settled() -> None:
+    """Wait for the threads of loaders that are gone: their semaphores would count as leaked once the parent ends this process."""
+    for thread in threading.enumerate():
+        if thread.name == FEEDER:
+            thread.join(FEEDER_S)
 
 
 def _device_is_broken(cell: Any) -> bool:

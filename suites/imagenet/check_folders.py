@@ -89,7 +89,7 @@ def _passed_over(split: str, folder: Path, listing: Listing) -> Iterator[Finding
         if path.suffix.lower() not in PICTURES and not path.is_dir()
     ]
     if others:
-        yield Finding(NOTE, f"{split}: {counted(len(others), 'file')} that are no pictures{_listed(sorted(others))}", "passed over")
+        yield Finding(NOTE, f"{split}: {counted(len(others), 'file')} other than pictures{_listed(sorted(others))}", "passed over")
 
 
 def _twofold(split: str, folder: Path, listing: Listing) -> Iterator[Finding]:

@@ -50,8 +50,11 @@ def decode_aloud(content: bytes, where: str, orientation: str = "stored") -> Ima
             if orientation == "exif":
                 image = pillow(where, "PIL.ImageOps").exif_transpose(image)
             return _to_rgb(image)
-    except (OSError, SyntaxError, ValueError, MemoryError, module.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # damaged files make Pillow raise nearly anything
+        if isinstance(error, module.UnidentifiedImageError):
+            reason = "of no known format" if content else "empty"
+        else:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{where}: no picture, or cut short ({reason})") from None
 
 
@@ -68,5 +71,8 @@ def oddities(content: bytes, name: str) -> list[str]:
         named = module.registered_extensions().get("." + name.lower().rpartition(".")[2])
         found = [f"{image.format} named {named}"] if named and image.format not in (named, "MPO") else []
         found += {"L": ["grey"], "RGB": []}.get(image.mode, [image.mode])
-        turned = image.getexif().get(ORIENTATION, 1) not in (0, 1)
+        try:
+            turned = image.getexif().get(ORIENTATION, 1) not in (0, 1)
+        except Exception:  # as in `decode_aloud`
+            return [*found, "with damaged EXIF data"]
         return found + ["turned by EXIF"] * turned

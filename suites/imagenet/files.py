@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from hgrn2_bench.cifar import IMAGE_COLUMN
@@ -40,7 +41,7 @@ def _fingerprint(root: str, dataset: str, real_labels: bool) -> str:
 
 
 def fingerprint_of_place(place: Place) -> str:
-    """16 hex digits over a copy's files."""
+    """16 hex digits over a copy's files; a picture in a class folder that cannot be read counts by its name, and is told of later."""
     if place.layout != FOLDERS:
         return fingerprint(named(place.folder, place.files))
     names, some = hashlib.sha256(), []
@@ -48,7 +49,7 @@ def fingerprint_of_place(place: Place) -> str:
         (folder,) = place.files[split]
         files = [f"{name}/{file}" for name, inside in list_classes(folder).items() for file in inside]
         names.update(json.dumps([split, files]).encode())
-        some += [(split, folder / file) for file in files[:: max(1, len(files) // MOST_FILES)]]
+        some += [(split, folder / file) for file in files[:: max(1, len(files) // MOST_FILES)] if os.access(folder / file, os.R_OK)]
     return fingerprint([(names.hexdigest(), file) if i == 0 else (split, file) for i, (split, file) in enumerate(some)])
 
 

@@ -77,7 +77,10 @@ class PictureSplit:
             pixels_HWC = self.pixels_NHWC[i]
             whole = np.repeat(pixels_HWC, 3, axis=-1) if pixels_HWC.shape[-1] == 1 else pixels_HWC
             return pillow("a picture").fromarray(whole)
-        return decode(self.encoded(i), self.where(i), self.orientation)
+        try:
+            return decode(self.encoded(i), self.where(i), self.orientation)
+        except DataError as error:
+            raise DataError(f"{error}; copy it again, or leave it out with policy=skip") from None
 
     def take(self, indices_N: np.ndarray) -> PictureSplit:
         """Some pictures, in the order of the indices."""
@@ -199,7 +202,9 @@ def _without_damaged(split: PictureSplit, place: Place) -> PictureSplit:
         return split
     digest = hashlib.sha256()
     split.stored.update(digest)
+    split.stored.stamp(digest)
     key = {"files": fingerprint_of_place(place), "folder": split.stored.folder.name, "pictures": digest.hexdigest()}
+    key["orientation"] = split.orientation
     folder = folder_of(cache_folder("imagenet"), "damaged", key)
     path = folder / "damaged.json"
     with locked(folder):
@@ -219,7 +224,7 @@ def find_damaged(split: PictureSplit, among: Sequence[int]) -> list[int]:
 
     def is_damaged(i: int) -> bool:
         try:
-            decode_aloud(stored.read(i), "")
+            decode_aloud(stored.read(i), "", split.orientation)
         except DataError:
             return True
         return False

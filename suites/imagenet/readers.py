@@ -33,12 +33,24 @@ LABEL_KEYS = ("label", "cls")
 
 
 def pictures_in(folder: Path) -> Iterator[str]:
-    """Pictures anywhere in a class folder by name relative to it; hidden files and folders are none."""
-    for where, below, files in os.walk(folder, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
+    """Pictures anywhere in a class folder by name relative to it; hidden files and folders are none, nor are links to folders around them.
+
+    DataError where a folder cannot be read.
+    """
+    for where, below, files in os.walk(folder, onerror=_refuse, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".") and not _leads_around(Path(where, name))]
         inner = os.path.relpath(where, folder)
         prefix = "" if inner == "." else inner + "/"
         yield from (prefix + name for name in files if name.lower().endswith(PICTURES) and not name.startswith("."))
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read ({error.strerror})")
+
+
+def _leads_around(path: Path) -> bool:
+    """Whether this is a link to a folder around it, below which everything would be found again."""
+    return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
 
 
 def in_order(names: Sequence[str]) -> list[str]:
@@ -114,6 +126,8 @@ def tar_samples(path: Path) -> Iterator[Sample]:
                     found = _label(content.read(), ending)
                     label = label if found is None else found
             yield from _sample(path, key, picture, label)
+            if path.stat().st_size < tar.offset + tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("the block that ends a tar is missing")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(f"{path}: no tar, or cut short ({error}): copy it again") from None
 

@@ -69,6 +69,15 @@ class Stored:
             extents = Extents(extents.files, extents.file_N[indices_N], extents.start_N[indices_N], extents.size_N[indices_N])
         return Stored(self.folder, self.names_N[indices_N], self.labels_N[indices_N], extents)
 
+    def stamp(self, digest: hashlib._Hash) -> None:
+        """Add sizes and times of the files to a digest, of one that is not there neither."""
+        for path in map(Path, map(self.where, range(len(self)))) if self.extents is None else self.extents.files:
+            try:
+                found = path.stat()
+                digest.update(b"%d %d\n" % (found.st_size, found.st_mtime_ns))
+            except OSError:
+                digest.update(b"none\n")
+
     def update(self, digest: hashlib._Hash) -> None:
         """Add names and labels to a digest."""
         for name, label in zip(self.names_N.tolist(), self.labels_N.tolist(), strict=True):

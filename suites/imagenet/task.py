@@ -1,5 +1,6 @@
 """The keys of the imagenet suite beside those of its pictures: how they become tokens, and how they are altered in training."""
 
+import re
 from dataclasses import dataclass
 
 from hgrn2_bench.config import choice, require
@@ -7,6 +8,8 @@ from suites.imagenet.settings import DRAWN, RESIDENT, ImagenetConfig
 
 SIDES = {"cifar10": 32, "cifar100": 32, "fashion": 28}
 SMALLEST_DRAWN = 16
+RANDAUGMENT = re.compile(r"(rand(-(m\d+|n\d+|p[\d.]+|mstd[\d.]+|inc[01]|t\w+))*|augmix(-[a-z]+[\d.]+)*|originalr?|v0r?|3a)?")
+"""Policies that timm knows; `mmax` is ours to set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,10 @@ class TaskConfig(ImagenetConfig):
         both = self.mixup > 0 and self.cutmix > 0
         usual = TaskConfig.mix_switch
         require(both or self.mix_switch == usual, f"mix_switch={self.mix_switch} has no effect without both mixup and cutmix")
+        require(
+            self.augment != "timm" or RANDAUGMENT.fullmatch(self.randaugment) is not None,
+            f"randaugment={self.randaugment}: expected a policy of timm's without mmax, as rand-m9-mstd0.5-inc1",
+        )
         for name in ("randaugment", "jitter", "erasing"):
             value = getattr(self, name)
             idle = f"{name}={value} has no effect with augment={self.augment}"

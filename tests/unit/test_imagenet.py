@@ -96,6 +96,9 @@ def test_task_is_named_after_its_pictures():
         ({"mixup": 0.8, "mix_group": 7}, "mix_group=7 must be even"),
         ({"mixup": 0.8, "mix_switch": 0.2}, "mix_switch=0.2 has no effect"),
         ({"erasing": 0.1}, "erasing=0.1 has no effect with augment=none"),
+        ({"augment": "timm", "randaugment": "foo"}, "randaugment=foo: expected a policy of timm's"),
+        ({"augment": "timm", "randaugment": "rand-m9-zz1"}, "randaugment=rand-m9-zz1: expected a policy of timm's"),
+        ({"augment": "timm", "randaugment": "rand-m9-mmax20"}, "without mmax"),
         ({"smoothing": 1.0}, "smoothing=1.0 must be at least 0 and less than 1"),
     ],
 )

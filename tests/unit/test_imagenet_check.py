@@ -84,7 +84,7 @@ def test_hidden_and_empty_folders_and_other_files_are_noted(data):
     hidden, empty, other = marked(data, NOTE)
     assert "train: 1 hidden folder: .ipynb_checkpoints: passed over" in hidden
     assert "train: 1 folder without pictures: n09999999: passed over" in empty
-    assert "train: 1 file that are no pictures: n01440764/Thumbs.db" in other
+    assert "train: 1 file other than pictures: n01440764/Thumbs.db" in other
     assert marked(data, PROBLEM) == []
 
 

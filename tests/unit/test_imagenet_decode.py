@@ -51,6 +51,29 @@ def test_oddities_are_named():
     assert oddities(made.encoded(kind="PNG", mode="RGBA"), "a.png") == ["RGBA"]
 
 
+def test_damaged_exif_data_stop_nobody_but_who_asks_for_them():
+    odd = made.encoded(kind="WEBP", exif=b"Exif\0\0garbage!")
+    assert decode(odd, "here").size == (12, 10)
+    assert oddities(odd, "a.webp") == ["with damaged EXIF data"]
+    with pytest.raises(DataError, match=r"^here: no picture, or cut short \(.+\)$"):
+        decode(odd, "here", "exif")
+
+
+def test_whatever_pillow_raises_names_the_picture(monkeypatch):
+    def load(self):
+        raise TypeError("'IFDRational' object cannot be interpreted as an integer")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(DataError, match=r"^here: no picture, or cut short .*IFDRational"):
+        decode(made.encoded(kind="PNG"), "here")
+
+
+@pytest.mark.parametrize(("content", "reason"), [(b"", "empty"), (b"nonsense", "of no known format")])
+def test_files_that_are_no_pictures_are_told_in_the_same_words_each_time(content, reason):
+    with pytest.raises(DataError, match=rf"^here: no picture, or cut short \({reason}\)$"):
+        decode(content, "here")
+
+
 def test_bytes_that_are_no_picture_are_told():
     for content in (b"", b"nonsense", made.encoded()[:100], made.encoded(kind="PNG")[:-30]):
         with pytest.raises(DataError, match=r"^here: no picture, or cut short \(.+\)$"):

@@ -211,12 +211,78 @@ def test_a_repaired_picture_is_back(data):
     assert read(policy="skip").skipped == 0
 
 
+def test_a_picture_that_is_damaged_later_is_left_out_too(data, monkeypatch):
+    made.write_folders(data, BOTH)
+    monkeypatch.setattr(files, "MOST_FILES", 1)  # so that the set's fingerprint does not see it
+    assert read(policy="skip").skipped == 0
+    path = data / "train" / made.WNIDS[1] / f"{made.WNIDS[1]}_4.JPEG"
+    path.write_bytes(path.read_bytes()[:200])
+    assert read(policy="skip").skipped == 1
+
+
+def test_what_is_damaged_is_told_by_how_pictures_are_read(data):
+    odd = made.encoded(kind="WEBP", exif=b"Exif\0\0garbage!")
+    made.write_folders(data, {"train": [(odd, 0), *TRAIN[1:]], "val": VAL})
+    assert [read(policy="skip", orientation=way).skipped for way in ("stored", "exif", "stored")] == [0, 1, 0]
+
+
+def test_pictures_that_cannot_be_read_are_named_or_left_out(data):
+    made.write_folders(data, BOTH)
+    (data / "train" / made.WNIDS[0] / "zz.jpg").symlink_to("/nowhere.jpg")
+    split = read().splits["train"]
+    (gone,) = [i for i in range(len(split)) if split.where(i).endswith("zz.jpg")]
+    with pytest.raises(DataError, match=r"zz.jpg: cannot be read \(No such file.*\); copy it again, or leave it out with policy=skip$"):
+        split.image(gone)
+    assert read(policy="skip").splits["train"].skipped == {"damaged file": 1}
+
+
+def test_a_link_to_a_folder_around_it_adds_no_pictures(data):
+    made.write_folders(data, BOTH)
+    (data / "elsewhere").mkdir()
+    (data / "elsewhere" / "x.jpg").write_bytes(made.encoded(77))
+    for name, target in (("up", ".."), ("self", "."), ("more", data / "elsewhere")):
+        (data / "train" / made.WNIDS[0] / name).symlink_to(target)
+    assert len(read().splits["train"]) == len(TRAIN) + 1
+
+
+def test_a_class_folder_that_cannot_be_listed_is_named(data, monkeypatch):
+    made.write_folders(data, BOTH)
+    scandir = os.scandir
+
+    def refused(path="."):
+        if str(path).endswith(made.WNIDS[2]):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match=rf"{made.WNIDS[2]}: cannot be read \(Permission denied\)$"):
+        read()
+
+
+@pytest.mark.parametrize("write", [made.write_parquet, made.write_tars])
+def test_a_missing_shard_is_told(data, write):
+    write(data, BOTH)
+    for path in data.iterdir():  # as the Hub names parquet files, and others tars
+        path.rename(path.with_name(path.name.replace("-0000.tar", "-00000-of-00002.tar").replace("-0001.tar", "-00001-of-00002.tar")))
+    assert len(read().splits["train"]) == 30
+    next(data.glob("*train-00001*")).unlink()
+    with pytest.raises(ConfigError, match=r"1 of 2 files (set-)?train-\*\.(parquet|tar) are there: copy the others too"):
+        read()
+
+
 def test_a_cut_shard_and_samples_without_their_half_are_told(data):
     made.write_tars(data, BOTH)
     path = data / "set-train-0001.tar"
     path.write_bytes(path.read_bytes()[:1500])
     with pytest.raises(DataError, match=r"set-train-0001.tar: no tar, or cut short"):
         read()
+    with tarfile.open(data / "set-train-0000.tar") as tar:
+        whole = tar.getmembers()[4].offset
+    made.write_tars(data, BOTH)
+    os.truncate(data / "set-train-0000.tar", whole)
+    with pytest.raises(DataError, match=r"set-train-0000.tar: no tar, or cut short \(the block that ends a tar is missing\)"):
+        read()
+    made.write_tars(data, BOTH)
     for ending, lacks in (("cls", "no picture"), ("jpg", "no class")):
         with tarfile.open(path, "w") as tar:
             member = tarfile.TarInfo(f"a/b.{ending}")

@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import re
 import tarfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -262,11 +263,12 @@ def test_a_class_folder_that_cannot_be_listed_is_named(data, monkeypatch):
 @pytest.mark.parametrize("write", [made.write_parquet, made.write_tars])
 def test_a_missing_shard_is_told(data, write):
     write(data, BOTH)
-    for path in data.iterdir():  # as the Hub names parquet files, and others tars
-        path.rename(path.with_name(path.name.replace("-0000.tar", "-00000-of-00002.tar").replace("-0001.tar", "-00001-of-00002.tar")))
+    for path in data.iterdir():  # as the Hub names parquet files, each with a hash of its own, and others tars
+        stem, number = re.fullmatch(r"(\D*)-(\d+).*", path.name).groups()
+        path.rename(data / f"{stem}-{int(number):05}-of-00002-{path.stat().st_size:x}{path.suffix}")
     assert len(read().splits["train"]) == 30
     next(data.glob("*train-00001*")).unlink()
-    with pytest.raises(ConfigError, match=r"1 of 2 files (set-)?train-\*\.(parquet|tar) are there: copy the others too"):
+    with pytest.raises(ConfigError, match=r"1 of 2 files (set-)?train-\*-of-00002\* are there: copy the others too"):
         read()
 
 

@@ -40,17 +40,16 @@ def shards(files: Sequence[Path], words: Mapping[str, str], endings: Sequence[st
     yield from sets.values()
 
 
-def check_whole(there: Mapping[str, Sequence[Path]]) -> None:
+def check_whole(paths: Sequence[Path]) -> None:
     """DataError where the names of a split's files number them (`-00000-of-00002`, a hash may follow), and some are missing."""
-    for paths in there.values():
-        numbers: dict[tuple[str, str], set[int]] = {}
-        for path in paths:
-            if match := re.match(r"(.*-)(\d+)-of-(\d+)", path.name):
-                numbers.setdefault((match[1], match[3]), set()).add(int(match[2]))
-        for (before, count), found in numbers.items():
-            if len(found) < int(count):
-                told = f"{len(found)} of {int(count)} files {before}*-of-{count}* are there"
-                raise DataError(f"{paths[0].parent}: {told}: copy the others too")
+    numbers: dict[tuple[str, str], set[int]] = {}
+    for path in paths:
+        if match := re.match(r"(.*-)(\d+)-of-(\d+)", path.name):
+            numbers.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    for (before, count), found in numbers.items():
+        if len(found) < int(count):
+            told = f"{len(found)} of {int(count)} files {before}*-of-{count}* are there"
+            raise DataError(f"{paths[0].parent}: {told}: copy the others too")
 
 
 def parquet_footer(path: Path) -> bytes:

@@ -159,7 +159,8 @@ def _tables(files: list[Path], label: str) -> Iterator[Files]:
     for there in [*shards(parquet, WORDS, ("parquet",)), {"train": unsplit} if unsplit else {}]:
         footers = [parquet_footer(path) for paths in there.values() for path in paths]
         if footers and all(has_column(each, label) and (has_column(each, "img") or has_column(each, "image")) for each in footers):
-            check_whole(there)
+            for paths in there.values():
+                check_whole(paths)
             yield {split: tuple(paths) for split, paths in there.items()}
 
 
@@ -176,7 +177,8 @@ def _tars(folder: Path, files: list[Path]) -> Iterator[Files]:
         yield {WORDS.get(name, name): paths for name, paths in named.items()}
         return
     for there in shards(tars, WORDS, ("tar",)):
-        check_whole(there)
+        for paths in there.values():
+            check_whole(paths)
         yield {split: tuple(paths) for split, paths in there.items()}
 
 

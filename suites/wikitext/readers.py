@@ -10,7 +10,7 @@ import numpy as np
 from hgrn2_bench.errors import DataError
 from hgrn2_bench.reviews import COUNTS as REVIEWS
 from hgrn2_bench.reviews import UNLABELLED, review_rows
-from hgrn2_bench.rows import objects
+from hgrn2_bench.rows import check_whole, objects
 from suites.wikitext.counts import UNKNOWN, Counted
 from suites.wikitext.places import Place
 
@@ -25,13 +25,14 @@ Batch = list[str]
 
 
 def read_lines(place: Place, split: str) -> Iterator[Batch]:
-    """The lines of a split. DataError, one line that names file and line, where a file is damaged, empty or not UTF-8.
+    """The lines of a split. DataError, one line that names file and line, where a file is damaged, empty, not UTF-8, or missing.
 
     A row of a table and a review are a document: its lines, with one end of line after the last.
     """
     if place.what == "imdb":
         yield from _batches(_reviews(place, split))
         return
+    check_whole(place.of(split))
     for path in place.of(split):
         if not path.stat().st_size:
             raise DataError(f"{path}: empty: copy it again")

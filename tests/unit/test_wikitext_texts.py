@@ -289,6 +289,14 @@ def test_a_table_without_rows_is_refused(data):
         load(dataset="text", tokenizer="bytes")
 
 
+def test_a_missing_file_of_a_numbered_set_is_told(data):
+    made.write_parquet(data, made.LINES)
+    load(dataset="text", tokenizer="bytes")
+    (data / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(DataError, match=r"1 of 2 files train-\*-of-00002\* are there: copy the others too"):
+        load(dataset="text", tokenizer="bytes")
+
+
 def test_damaged_tables_are_named_with_their_line(data):
     def write(content, name="validation.jsonl"):
         for path in data.glob("*.txt"):

@@ -25,7 +25,7 @@ from hgrn2_bench.images import EMPTY
 from hgrn2_bench.subsets import drawn, random_parts
 from suites.imagenet import readers, resident
 from suites.imagenet.decode import decode, decode_aloud, pillow, quiet
-from suites.imagenet.files import fingerprint_of_place, real_file
+from suites.imagenet.files import real_file
 from suites.imagenet.places import Place, find
 from suites.imagenet.settings import DRAWN, RESIDENT, ImagenetConfig
 from suites.imagenet.stored import Stored
@@ -129,7 +129,7 @@ def load(config: ImagenetConfig) -> Pictures:
     whole, classes = (_resident if config.dataset in RESIDENT else _encoded)(config, place)
     splits = {name: _part(name, split, config) for name, split in _assigned(whole, config).items()}
     if config.policy == "skip":
-        splits = {name: _without_damaged(split, place) for name, split in splits.items()}
+        splits = {name: _without_damaged(split) for name, split in splits.items()}
     real = _real_labels(splits["test"]) if config.real_labels else None
     alone = len(whole) == 1
     return Pictures(splits, classes, real, ("the set has no test data: a part of its training data is held out as such",) * alone)
@@ -196,15 +196,17 @@ def _part(name: str, split: PictureSplit, config: ImagenetConfig) -> PictureSpli
     return split.take(np.sort(drawn(np.arange(len(split)), asked, DATA_SEED))) if asked else split
 
 
-def _without_damaged(split: PictureSplit, place: Place) -> PictureSplit:
-    """A split without the pictures that do not decode. All are tried once; later those alone that did not, as the cache tells."""
+def _without_damaged(split: PictureSplit) -> PictureSplit:
+    """A split without the pictures that do not decode.
+
+    All are tried once, and again where a file's size or time is another; else those alone that did not, as the cache tells.
+    """
     if split.stored is None:
         return split
     digest = hashlib.sha256()
     split.stored.update(digest)
     split.stored.stamp(digest)
-    key = {"files": fingerprint_of_place(place), "folder": split.stored.folder.name, "pictures": digest.hexdigest()}
-    key["orientation"] = split.orientation
+    key = {"folder": split.stored.folder.name, "pictures": digest.hexdigest(), "orientation": split.orientation}
     folder = folder_of(cache_folder("imagenet"), "damaged", key)
     path = folder / "damaged.json"
     with locked(folder):

@@ -12,7 +12,7 @@ from pathlib import Path
 from hgrn2_bench import cifar
 from hgrn2_bench.errors import DataError
 from hgrn2_bench.files import Copy, Files, check_data_folder, files_in, folders, only_copy, subfolders
-from hgrn2_bench.rows import check_whole, has_column, parquet_footer, shards
+from hgrn2_bench.rows import has_column, parquet_footer, shards
 
 WORDS = {
     "training": "train",
@@ -159,8 +159,6 @@ def _tables(files: list[Path], label: str) -> Iterator[Files]:
     for there in [*shards(parquet, WORDS, ("parquet",)), {"train": unsplit} if unsplit else {}]:
         footers = [parquet_footer(path) for paths in there.values() for path in paths]
         if footers and all(has_column(each, label) and (has_column(each, "img") or has_column(each, "image")) for each in footers):
-            for paths in there.values():
-                check_whole(paths)
             yield {split: tuple(paths) for split, paths in there.items()}
 
 
@@ -177,8 +175,6 @@ def _tars(folder: Path, files: list[Path]) -> Iterator[Files]:
         yield {WORDS.get(name, name): paths for name, paths in named.items()}
         return
     for there in shards(tars, WORDS, ("tar",)):
-        for paths in there.values():
-            check_whole(paths)
         yield {split: tuple(paths) for split, paths in there.items()}
 
 

@@ -20,7 +20,7 @@ from hgrn2_bench.cells import replace_file
 from hgrn2_bench.cifar import IMAGE_COLUMN
 from hgrn2_bench.errors import DataError
 from hgrn2_bench.files import cache_folder, fingerprint, named, subfolders
-from hgrn2_bench.rows import needed, parquet_rows
+from hgrn2_bench.rows import check_whole, needed, parquet_rows
 from suites.imagenet.decode import INSTALL
 from suites.imagenet.places import FOLDERS, PARQUET, PICTURES, TARS, Place
 from suites.imagenet.stored import Extents, Stored
@@ -79,6 +79,7 @@ def read_split(place: Place, split: str, classes: Sequence[str]) -> Stored:
     """Every picture of a split with its label. DataError names the file that cannot be used."""
     if place.layout == FOLDERS:
         return _read_folder(place.of(split)[0], classes)
+    check_whole(place.of(split))
     stored = {PARQUET: _read_parquet, TARS: _read_tars}[place.layout](place, split)
     if not len(stored):
         raise DataError(f"{place.of(split)[0]}: no pictures")

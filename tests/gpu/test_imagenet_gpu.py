@@ -1,4 +1,4 @@
-"""Image models on the GPU: a captured training step beside the eager one, and 2-D scans whose heads fill no launch."""
+"""Images on the GPU: a captured step beside the eager one, batches made beside a step, 2-D scans of more heads than a launch takes."""
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -106,8 +106,12 @@ def test_intermediates_are_what_the_blocks_leave():
         model.forward_intermediates(images, output_fmt="NHWC")
 
 
+def test_readme_s_model_takes_the_size_that_readme_gives():
+    model = timm.create_model("hgrn2_vit_tiny", num_classes=10, img_size=112, drop_path_rate=0.1)
+    assert model(torch.randn(2, 3, 112, 112)).shape == (2, 10)
+
+
 def test_features_only_models_prune_what_is_not_needed():
-    timm.create_model("hgrn2_vit_tiny", num_classes=10, img_size=112, drop_path_rate=0.1)  # README's
     model = timm.create_model("hgrn2_vit_tiny", features_only=True, depth=3, img_size=28, out_indices=[0, 1])
     assert [t.shape for t in model(torch.randn(1, 3, 28, 28))] == 2 * [(1, 192, 2, 2)]
     assert model.feature_info.channels() == [192, 192]
